@@ -1,0 +1,233 @@
+"""Saving, loading and exporting circuits: masks only, in safetensors, written atomically; loading executes nothing.
+
+A saved circuit is two files. ``circuit.json`` holds the config, the temperature, a fingerprint of each masked layer's base
+weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing ``circuit.json`` is the one
+step that makes a save take effect, so a save cut short at any point leaves the previous one whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .config import CircuitConfig
+from .functional import check_temperature
+from .layers import MaskedLayer, unmask_layer
+from .surgery import enable_fused_encoder_layer, find_targets
+
+if TYPE_CHECKING:
+    from .circuit import CircuitModel
+
+CIRCUIT_FILE = "circuit.json"
+FORMAT = "csmask-circuit"
+FORMAT_VERSION = 1
+_KEYS = {
+    "format",
+    "format_version",
+    "csmask_version",
+    "circuit_config",
+    "temperature",
+    "masks_file",
+    "masks_sha256",
+    "layers",
+}
+
+
+def fingerprint(layer: nn.Module) -> dict[str, Any]:
+    """Shape, dtype and SHA-256 of a layer's base weight and bias: what a mask was trained for."""
+    digest = hashlib.sha256()
+    for param in (layer.weight, layer.bias):
+        if param is not None:
+            data = param.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(memoryview(data.numpy()))
+    weight = layer.weight
+    return {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch."), "sha256": digest.hexdigest()}
+
+
+def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
+    """Write the masks, config, temperature and base fingerprint of a circuit into ``directory``; see the module."""
+    import safetensors.torch
+
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"save_pretrained needs a directory, got the file {path}")
+    circuit.check_logits()
+    masks = {name: p.detach().cpu().contiguous() for name, p in circuit.named_mask_parameters()}
+    data = safetensors.torch.save(masks)
+    digest = hashlib.sha256(data).hexdigest()
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "csmask_version": __version__,
+        "circuit_config": circuit.circuit_config.to_dict(),
+        "temperature": circuit.temperature,
+        "masks_file": f"masks-{digest[:16]}.safetensors",
+        "masks_sha256": digest,
+        "layers": {name: fingerprint(layer) for name, layer in circuit.masked_layers.items()},
+    }
+    if not circuit.circuit_config.freeze_base:
+        warnings.warn(
+            "the base was trained too (freeze_base=False), and a saved circuit holds masks only: "
+            "save the base's weights as well, or export()",
+            stacklevel=3,
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path / content["masks_file"], data)
+    _write_atomically(path / CIRCUIT_FILE, _with_digest(content))
+    for stale in path.glob("masks-*.safetensors"):
+        if stale.name != content["masks_file"]:
+            stale.unlink()
+
+
+def load_circuit(cls: type[CircuitModel], model: nn.Module, directory: str | os.PathLike, check_base: bool):
+    """Read, check and only then wrap ``model``; see ``CircuitModel.from_pretrained``."""
+    path = Path(directory)
+    content, masks = _read(path)
+    config = CircuitConfig.from_dict(content["circuit_config"])
+    temperature = check_temperature(content["temperature"])
+    _check_base_model(find_targets(model, config.target_layers), content["layers"], check_base)
+    _check_masks(path, masks)
+    circuit = cls(config, model)
+    try:
+        expected = dict(circuit.named_mask_parameters())
+        wrong = sorted(set(expected) ^ set(masks)) or [n for n in masks if masks[n].shape != expected[n].shape]
+        if wrong:
+            raise ValueError(f"{path}: the masks do not fit the saved config at {', '.join(wrong[:4])}")
+    except BaseException:
+        circuit.unload()
+        raise
+    with torch.no_grad():
+        for name, param in expected.items():
+            param.copy_(masks[name])
+    circuit.temperature = temperature
+    return circuit.eval()
+
+
+def export_model(circuit: CircuitModel) -> nn.Module:
+    """A copy of the base model without csmask, the hard mask written into its weights; see ``CircuitModel.export``."""
+    circuit.check_logits()
+    model = copy.deepcopy(circuit.wrapped_model)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for param in module._parameters.values():
+            if param is not None:
+                owners[id(param)] = owners.get(id(param), 0) + 1
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    for layer in [m for m in model.modules() if isinstance(m, MaskedLayer)]:
+        # A tied weight has other users, who go on with the unmasked one: the layer's own becomes a parameter of its own.
+        if owners[id(layer.weight)] > 1 and layer is output:
+            model.config.tie_word_embeddings = False
+        write_hard_mask(layer)
+    for name, param in model.named_parameters():
+        param.requires_grad_(circuit.base_requires_grad.get(name, True))
+    return model.eval()
+
+
+@torch.no_grad()
+def write_hard_mask(layer: MaskedLayer) -> nn.Module:
+    """Unmask a layer and give it its hard-masked weight (and bias, where masked) as parameters."""
+    weight, bias = layer.hard_masked_parameters()
+    masks_bias = layer.bias_mask_logits is not None
+    enable_fused_encoder_layer(layer)
+    unmask_layer(layer)
+    layer.weight = nn.Parameter(weight.contiguous())
+    if masks_bias:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def _with_digest(content: dict[str, Any]) -> bytes:
+    return json.dumps({**content, "sha256": _digest(content)}, indent=2, allow_nan=False).encode()
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """Write through a temporary file in the same directory: readers see the old content or the new, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of ``circuit.json`` and the mask tensors, both checked against their digests."""
+    import safetensors.torch
+
+    file = path / CIRCUIT_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} holds no saved circuit: {CIRCUIT_FILE} is not there")
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a csmask circuit")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format version {version!r}, this csmask ({__version__}) reads {FORMAT_VERSION}: "
+            f"load it with the csmask that wrote it ({content.get('csmask_version')})"
+        )
+    digest = content.pop("sha256", None)
+    if set(content) != _KEYS or digest != _digest(content):
+        raise ValueError(f"{file} was edited or damaged after it was saved: its digest does not match")
+    masks = path / Path(content["masks_file"]).name
+    if not masks.is_file():
+        raise FileNotFoundError(f"{path} holds no {masks.name}, which {CIRCUIT_FILE} names")
+    data = masks.read_bytes()
+    if hashlib.sha256(data).hexdigest() != content["masks_sha256"]:
+        raise ValueError(f"{masks} is truncated, edited or damaged: its digest does not match {CIRCUIT_FILE}")
+    return content, safetensors.torch.load(data)
+
+
+def _check_masks(path: Path, masks: dict[str, Tensor]) -> None:
+    for name, logits in masks.items():
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite")
+
+
+def _check_base_model(targets: dict[str, nn.Module], saved: dict[str, dict], check_base: bool) -> None:
+    """Raise unless the model has the layers, shapes and (with ``check_base``) weights that the masks were made for."""
+    if list(targets) != list(saved):
+        difference = sorted(set(targets) ^ set(saved))[:4] or ["(their order)"]
+        raise ValueError(f"wrong base model: it differs from the saved circuit in its layers: {', '.join(difference)}")
+    for name, layer in targets.items():
+        shape = list(layer.weight.shape)
+        if shape != saved[name]["shape"]:
+            raise ValueError(f"wrong base model: {name}.weight has shape {shape}, saved with {saved[name]['shape']}")
+    if not check_base:
+        return
+    for name, layer in targets.items():
+        found = fingerprint(layer)
+        if found["dtype"] != saved[name]["dtype"]:
+            raise ValueError(
+                f"wrong base dtype: {name}.weight is {found['dtype']}, the masks were saved over {saved[name]['dtype']}; "
+                "load the base in that dtype, or pass check_base=False"
+            )
+        if found["sha256"] != saved[name]["sha256"]:
+            raise ValueError(
+                f"wrong base model: the weights of {name} are not those that the masks were saved over; "
+                "load that base, or pass check_base=False to put the masks on this one"
+            )

@@ -1,0 +1,354 @@
+"""``CircuitModel``: a model with masks over its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .ablation import COMPLEMENT_MODES, check_ablation_mode
+from .config import L0_REDUCTIONS, CircuitConfig
+from .functional import check_temperature
+from .layers import MaskedLayer
+from .philox import check_seed
+from .recompute import checkpoint_frozen_layers, checkpointable_layers
+from .surgery import disable_fused_encoder_layers, find_masked, find_targets, swap_in, swap_out
+
+_NOT_YET = ("per_step", "in_kernel")
+
+
+class CircuitModel(nn.Module):
+    """A model whose chosen layers are masked, with the masks in training.
+
+    The layers of ``model`` are masked in place (``unload()`` undoes it). The circuit starts in train mode, with soft masks
+    and temperature 1; ``eval()`` gives hard masks. Attributes that the circuit does not have are the base model's, so
+    ``generate``, ``config``, ``device`` or ``gradient_checkpointing_enable`` work as before.
+
+    Args:
+        config: what to mask and how; copied.
+        model: any ``torch.nn.Module``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: a config or a layer that cannot be had; the model is as it was.
+
+    Example::
+
+        config = CircuitConfig(target_layers="all-linear", l0_lambda=1e-6)
+        circuit = CircuitModel(config, model)
+        optimizer = torch.optim.Adam(circuit.mask_parameters(), lr=0.1)
+    """
+
+    def __init__(self, config: CircuitConfig, model: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(config, CircuitConfig):
+            raise TypeError(f"config must be a CircuitConfig, got {type(config).__name__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if isinstance(model, CircuitModel):
+            raise ValueError("model is a CircuitModel already; wrap its base, circuit.unload()")
+        config = copy.deepcopy(config)
+        config.validate()
+        if config.execution in _NOT_YET:
+            raise NotImplementedError(
+                f'execution {config.execution!r} is not in this version; use "auto", "per_forward" or "reference"'
+            )
+        targets = find_targets(model, config.target_layers)
+        self.circuit_config = config
+        self.base_requires_grad = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+        base_parameters = list(model.parameters())
+        self.masked_layers = swap_in(targets, config)
+        if config.freeze_base:
+            for param in base_parameters:
+                param.requires_grad_(False)
+        disable_fused_encoder_layers(model)
+        self.wrapped_model = model
+        self._checkpointable = checkpointable_layers(model)
+        self._set_ablation(config.mask_hparams["ablation"], 0)
+        self.train()
+
+    # Running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward; in train mode its loss, if it returns one, gains ``l0_lambda * l0``."""
+        layers = self._recomputing_layers()
+        if layers:
+            kwargs = self._without_cache(kwargs)
+            with checkpoint_frozen_layers(layers):
+                output = self.wrapped_model(*args, **kwargs)
+        else:
+            output = self.wrapped_model(*args, **kwargs)
+        if self.training and self.circuit_config.add_l0:
+            output = self._add_l0(output, has_labels=kwargs.get("labels") is not None)
+        return output
+
+    def _recomputing_layers(self) -> list[nn.Module]:
+        if not (self.training and self.circuit_config.freeze_base):
+            return []
+        return [layer for layer in self._checkpointable if layer.gradient_checkpointing]
+
+    def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A key-value cache would be written a second time when a layer recomputes; transformers switches it off too."""
+        if "use_cache" in inspect.signature(self.wrapped_model.forward).parameters:
+            return {**kwargs, "use_cache": False}
+        return kwargs
+
+    def _add_l0(self, output: Any, has_labels: bool) -> Any:
+        if isinstance(output, tuple):
+            # return_dict=False: the loss comes first, if labels were given.
+            first = output[0] if output else None
+            if has_labels and isinstance(first, Tensor) and first.dim() == 0:
+                return (first + self._l0_penalty(first), *output[1:])
+            return output
+        is_dict = isinstance(output, dict)
+        loss = output.get("loss") if is_dict else getattr(output, "loss", None)
+        if loss is None:
+            return output
+        loss = loss + self._l0_penalty(loss)
+        if is_dict:
+            output["loss"] = loss  # a transformers ModelOutput sets its attribute along with the key
+        else:
+            output.loss = loss
+        return output
+
+    def _l0_penalty(self, loss: Tensor) -> Tensor:
+        return (self.circuit_config.l0_lambda * self.l0()).to(loss.device)
+
+    def train(self, mode: bool = True) -> CircuitModel:
+        """Soft masks (``mode=True``) or hard ones. A frozen base stays in eval mode, dropout off and statistics fixed."""
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode must be True or False, got {mode!r}")
+        self.training = mode
+        self.wrapped_model.train(mode and not self.circuit_config.freeze_base)
+        for layer in self.masked_layers.values():
+            layer.training = mode
+        return self
+
+    # Masks
+
+    @property
+    def temperature(self) -> float:
+        """``T``, which multiplies the mask logits: one value for all layers, positive and finite."""
+        return float(next(iter(self.masked_layers.values())).temperature)
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        value = check_temperature(value)
+        with torch.no_grad():
+            for layer in self.masked_layers.values():
+                # In place: a compiled graph reads the new value without being compiled again.
+                layer.temperature.fill_(value)
+
+    def named_mask_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``(layer name + ".mask_logits" or ".bias_mask_logits", parameter)`` in the model's order."""
+        for name, layer in self.masked_layers.items():
+            yield f"{name}.mask_logits", layer.mask_logits
+            if layer.bias_mask_logits is not None:
+                yield f"{name}.bias_mask_logits", layer.bias_mask_logits
+
+    def mask_parameters(self) -> list[nn.Parameter]:
+        """The mask logits: what an optimizer gets."""
+        return [param for _, param in self.named_mask_parameters()]
+
+    def use_masks(self, flag: bool, names: str | Iterable[str] | None = None) -> None:
+        """Switch masks on or, for plain dense weights, off.
+
+        Args:
+            flag: True for masks.
+            names: layers as in ``target_layers`` (names, globs, regular expressions); all by default.
+
+        Raises:
+            ValueError: a name that is not a masked layer; nothing is switched.
+        """
+        if not isinstance(flag, bool):
+            raise TypeError(f"flag must be True or False, got {flag!r}")
+        layers = self.masked_layers if names is None else find_masked(self.wrapped_model, names)
+        for layer in layers.values():
+            layer.use_masks = flag
+
+    # l0
+
+    def l0(self, reduction: str | None = None) -> Tensor:
+        """The sum of the masks now in use, differentiable while they are soft: for a loss of one's own.
+
+        Args:
+            reduction: ``"sum"`` counts weights, ``"mean"`` divides by the number of maskable weights; by default the
+                config's ``l0_reduction``.
+
+        Returns:
+            0-d fp32. Layers whose masks are switched off do not count.
+        """
+        reduction = self.circuit_config.l0_reduction if reduction is None else reduction
+        if reduction not in L0_REDUCTIONS:
+            raise ValueError(f"reduction must be one of {', '.join(map(repr, L0_REDUCTIONS))}, got {reduction!r}")
+        layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
+        device = next(iter(self.masked_layers.values())).mask_logits.device
+        total = torch.zeros((), dtype=torch.float32, device=device)
+        for layer in layers:
+            total = total + layer.l0().to(device)
+        if reduction == "mean":
+            total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
+        return total
+
+    def compute_l0_statistics(self) -> dict[str, Any]:
+        """Sizes of the circuit (the hard mask, whatever the mode), as plain Python numbers counted in weights.
+
+        Returns:
+            ``total_l0`` and ``max_l0`` (kept and maskable weights, masked biases included), and by layer name
+            ``layer2l0`` and ``layer2maxl0``.
+
+        Raises:
+            ValueError: a layer whose logits hold NaN.
+        """
+        self.check_logits()
+        kept = {name: layer.kept() for name, layer in self.masked_layers.items()}
+        maskable = {name: layer.maskable for name, layer in self.masked_layers.items()}
+        return {
+            "total_l0": sum(kept.values()),
+            "max_l0": sum(maskable.values()),
+            "layer2l0": kept,
+            "layer2maxl0": maskable,
+        }
+
+    def density(self) -> float:
+        """Kept fraction: the circuit's weights over all maskable weights."""
+        statistics = self.compute_l0_statistics()
+        return statistics["total_l0"] / max(1, statistics["max_l0"])
+
+    def undecided_fraction(self) -> float:
+        """Share of weights with ``|T * S| < 4``, whose soft mask is still well between 0 and 1."""
+        layers = self.masked_layers.values()
+        return sum(layer.undecided() for layer in layers) / max(1, sum(layer.maskable for layer in layers))
+
+    def check_logits(self) -> None:
+        """Raise a ``ValueError`` that names the layer if any mask logits hold NaN."""
+        for name, param in self.named_mask_parameters():
+            if bool(torch.isnan(param).any()):
+                raise ValueError(f"{name} holds NaN: the training diverged; lower the learning rate")
+
+    # Ablation
+
+    @property
+    def ablate_mode(self) -> str:
+        """The ablation mode in use."""
+        return next(iter(self.masked_layers.values())).ablation
+
+    def set_ablate_mode(
+        self,
+        mode: str | None = None,
+        seed: int | None = None,
+        *,
+        ablation: str | None = None,
+        force_resample: bool = False,
+    ) -> None:
+        """Choose which weights evaluation uses.
+
+        ======================  =============================================================================
+        ``none``                the circuit C kept, the rest zero
+        ``zero_ablate``         C zeroed, the rest kept
+        ``random_ablate``       C replaced by random values as of a fresh layer, the rest kept
+        ``randomly_sampled``    as many entries as C has, drawn from outside C, zeroed; all else kept
+        ``complement_sampled``  the same, under NeuroSurgeon's name
+        ``uniform_sampled``     as many entries as C has, drawn from all entries, zeroed; all else kept
+        ======================  =============================================================================
+
+        Args:
+            mode: one of these.
+            seed: of the draws, in [0, 2**64); by default the seed last used, at first 0.
+            ablation, force_resample: NeuroSurgeon's keyword for ``mode``, and its request for a new draw (the next
+                seed).
+
+        Raises:
+            ValueError: an unknown mode, masks in training, or a circuit larger than the complement to draw from. The
+                mode stays as it was.
+        """
+        if mode is not None and ablation is not None:
+            raise TypeError("give mode or ablation (NeuroSurgeon's name for it), not both")
+        mode = check_ablation_mode(mode if mode is not None else ablation)
+        if isinstance(seed, bool):  # NeuroSurgeon's second positional argument
+            seed, force_resample = None, seed
+        if seed is None:
+            seed = next(iter(self.masked_layers.values())).ablation_seed + bool(force_resample)
+        check_seed(seed)
+        if mode != "none" and any(not layer.hard for layer in self.masked_layers.values()):
+            raise ValueError(f"ablation {mode!r} needs hard masks, but the masks are in training: call .eval() first")
+        if mode in COMPLEMENT_MODES:
+            for name, layer in self.masked_layers.items():
+                layer.check_complement(name)
+        self._set_ablation(mode, seed)
+
+    def _set_ablation(self, mode: str, seed: int) -> None:
+        for layer in self.masked_layers.values():
+            layer.ablation, layer.ablation_seed = mode, seed
+            layer.clear_ablation_cache()
+
+    @contextlib.contextmanager
+    def preserve_mode(self) -> Iterator[None]:
+        """Restore train or eval mode, ablation, seed and switched-off masks when the ``with`` block ends."""
+        state = [(layer, layer.ablation, layer.ablation_seed, layer.use_masks) for layer in self.masked_layers.values()]
+        training = self.training
+        try:
+            yield
+        finally:
+            self.train(training)
+            for layer, mode, seed, use_masks in state:
+                layer.ablation, layer.ablation_seed, layer.use_masks = mode, seed, use_masks
+                layer.clear_ablation_cache()
+
+    # Persistence
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Save masks, config, temperature and a fingerprint of the base weights, atomically; not the base itself.
+
+        Raises:
+            ValueError: ``directory`` is a file, or the logits hold NaN.
+        """
+        checkpoint.save_circuit(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, directory: str | os.PathLike, *, check_base: bool = True
+    ) -> CircuitModel:
+        """Put saved masks on their base model; the circuit is returned in eval mode.
+
+        Args:
+            model: the base that the masks were saved over, unmasked.
+            directory: where ``save_pretrained`` wrote.
+            check_base: False to put the masks on a base with other weights of the same shapes.
+
+        Raises:
+            FileNotFoundError: no saved circuit there.
+            ValueError: another base, a truncated or edited file, an unknown version. The model is as it was.
+        """
+        return checkpoint.load_circuit(cls, model, directory, check_base)
+
+    def export(self) -> nn.Module:
+        """A copy of the base model as a plain model: the hard mask is written into its weights.
+
+        Its outputs equal the hard-masked circuit's exactly. A tied weight that is masked becomes one of its own.
+        """
+        return checkpoint.export_model(self)
+
+    def unload(self) -> nn.Module:
+        """Take the masks off, in place, and return the base model as it was before; the circuit is spent."""
+        swap_out(self.masked_layers.values())
+        self.masked_layers = {}
+        model = self.wrapped_model
+        for name, param in model.named_parameters(remove_duplicate=False):
+            if name in self.base_requires_grad:
+                param.requires_grad_(self.base_requires_grad[name])
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "wrapped_model" or name.startswith("__"):
+                raise
+            return getattr(self.wrapped_model, name)

@@ -1,0 +1,233 @@
+"""Finding the layers that a config names, and masking them: by module type and name, never by model class."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from .config import CircuitConfig
+from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, unmask_layer
+
+_WILDCARDS = frozenset("*?[")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Heads that transformers' classification and question-answering models put beside the backbone; PEFT leaves the first
+# two out of "all-linear" too.
+_HEAD_NAMES = ("classifier", "score", "qa_outputs")
+
+
+def module_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name that reaches a module, aliases included, in traversal order."""
+    return dict(model.named_modules(remove_duplicate=False))
+
+
+def find_targets(model: nn.Module, target_layers: list[str] | str) -> dict[str, nn.Module]:
+    """The layers that ``target_layers`` names, each once, under its first name, in the model's order.
+
+    Raises:
+        ValueError: a target that matches nothing (the message names the nearest layers), or nothing to mask.
+        TypeError: a layer that cannot be masked.
+        NotImplementedError: a layer whose forward is not the one csmask knows.
+    """
+    targets = [target_layers] if isinstance(target_layers, str) else target_layers
+    if not targets:
+        raise ValueError('target_layers is empty: name the layers to mask, or use "all-linear" or "all"')
+    names = module_names(model)
+    chosen: set[int] = set()
+    for target in targets:
+        if target in ("all-linear", "all"):
+            matches = _all_layers(model, names, linear_only=target == "all-linear")
+        else:
+            matches = _match(target, names)
+        for name in matches:
+            check_layer(name, names[name], names)
+        chosen.update(id(names[name]) for name in matches)
+    return {name: module for name, module in model.named_modules() if id(module) in chosen}
+
+
+def find_masked(model: nn.Module, names: str | Iterable[str]) -> dict[str, MaskedLayer]:
+    """The masked layers that ``names`` names, as ``target_layers`` does; "wrapped_model." may stand in front.
+
+    Raises:
+        ValueError: a name that is no layer, or a layer that is not masked.
+    """
+    reachable = module_names(model)
+    found: dict[str, MaskedLayer] = {}
+    for target in [names] if isinstance(names, str) else names:
+        for name in _match(target.removeprefix("wrapped_model."), reachable):
+            module = reachable[name]
+            if not isinstance(module, MaskedLayer):
+                masked = [n for n, m in reachable.items() if isinstance(m, MaskedLayer)]
+                near = difflib.get_close_matches(name, masked, n=3, cutoff=0.0)
+                raise ValueError(f"layer {name!r} is not masked; masked layers like it: {', '.join(near)}")
+            found[name] = module
+    return found
+
+
+def _match(target: str, names: dict[str, nn.Module]) -> list[str]:
+    """Names of the maskable modules that one target string matches; of any module where it is an exact name."""
+    if target.startswith("re:"):
+        pattern = re.compile(target[3:])
+        matched = [n for n in names if pattern.fullmatch(n) or pattern.fullmatch(f"{n}.weight")]
+    elif target in names:
+        return [target]
+    elif target.removesuffix(".weight") in names:
+        return [target.removesuffix(".weight")]
+    elif target.endswith(".bias") and target.removesuffix(".bias") in names:
+        raise ValueError(
+            f"target layer {target!r} is a bias: name its layer, and mask its bias with mask_hparams={{'mask_bias': True}}"
+        )
+    elif _WILDCARDS & set(target):
+        matched = [n for n in names if fnmatch.fnmatchcase(n, target) or fnmatch.fnmatchcase(f"{n}.weight", target)]
+    else:
+        matched = []
+    maskable = [n for n in matched if maskable_type(type(names[n])) or isinstance(names[n], MaskedLayer)]
+    if matched and not maskable:
+        kinds = sorted({type(names[n]).__name__ for n in matched})
+        raise TypeError(f"target layer {target!r} matches only layers that cannot be masked: {', '.join(kinds)}")
+    if not maskable:
+        raise ValueError(f"target layer {target!r} matches no layer{_nearest(target, names)}")
+    return maskable
+
+
+def _nearest(target: str, names: dict[str, nn.Module]) -> str:
+    """The maskable layers whose names are most like the target, as the end of a message."""
+    candidates = [n for n, m in names.items() if n and maskable_type(type(m))]
+    if not candidates:
+        return "; the model has no layer that can be masked"
+    wanted = target.removeprefix("re:").removesuffix(".weight")
+    leaf = wanted.rsplit(".", 1)[-1]
+    # Names move between releases mostly by a prefix: the same tail counts for more than the same spelling.
+    same_tail = [n for n in candidates if n == leaf or n.endswith(f".{leaf}")]
+    near = difflib.get_close_matches(wanted, same_tail, n=3, cutoff=0.0) if same_tail else []
+    near += [n for n in difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.4) if n not in near]
+    return f"; nearest: {', '.join((near or candidates)[:4])}"
+
+
+def _all_layers(model: nn.Module, names: dict[str, nn.Module], linear_only: bool) -> list[str]:
+    """Every layer that can be masked, output heads excluded; says which layers it had to leave out."""
+    heads = _heads(model)
+    found, skipped = [], []
+    for name, module in names.items():
+        kind = maskable_type(type(module))
+        if kind is None or id(module) in heads or (linear_only and kind[0] in (nn.Conv1d, nn.Conv2d)):
+            continue
+        reason = unmaskable_reason(name, module, names)
+        if reason is None:
+            found.append(name)
+        else:
+            skipped.append(f"{name} ({reason[1]})")
+    if skipped:
+        warnings.warn(f"not masked: {'; '.join(skipped)}", stacklevel=2)
+    if not found:
+        raise ValueError(f"the model has no {'linear layer' if linear_only else 'layer'} that can be masked")
+    return found
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """Ids of the output heads: the output embedding, and classification heads of transformers models, whole."""
+    heads: set[int] = set()
+    get_output_embeddings = getattr(model, "get_output_embeddings", None)
+    if get_output_embeddings is None:
+        return heads
+    output = get_output_embeddings()
+    if output is not None:
+        heads.add(id(output))
+    for name in _HEAD_NAMES:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Module):
+            heads.update(id(m) for m in head.modules())
+    return heads
+
+
+def check_layer(name: str, module: nn.Module, names: dict[str, nn.Module]) -> None:
+    """Raise unless the layer of this name can be masked."""
+    reason = unmaskable_reason(name, module, names)
+    if reason is not None:
+        error, text = reason
+        raise error(f"layer {name!r} cannot be masked: {text}")
+
+
+def unmaskable_reason(
+    name: str, module: nn.Module, names: dict[str, nn.Module]
+) -> tuple[type[Exception], str] | None:
+    """Why a layer cannot be masked, as an error type and its text; None if it can."""
+    if isinstance(module, MaskedLayer):
+        return ValueError, "it is masked already; unload() the circuit that it belongs to first"
+    kind = type(module).__name__
+    if maskable_type(type(module)) is None:
+        return TypeError, f"{kind} is not a Linear, Conv1d, Conv2d or GPT-2 Conv1D"
+    if not keeps_forward(type(module)) or "forward" in vars(module):
+        return NotImplementedError, f"{kind} has a forward of its own, which would not use the mask"
+    parent = names.get(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return NotImplementedError, "torch.nn.MultiheadAttention uses its weight without calling it"
+    weight = module._parameters.get("weight")
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy, parametrized or quantised)"
+    if weight.dtype not in _FLOATS:
+        return TypeError, f"its weight has dtype {weight.dtype}, not float16, bfloat16, float32 or float64"
+    taken = [a for a in ("mask_logits", "bias_mask_logits", "temperature") if hasattr(module, a)]
+    if taken:
+        return ValueError, f"it has an attribute {taken[0]!r} already"
+    return None
+
+
+def swap_in(targets: dict[str, nn.Module], config: CircuitConfig) -> dict[str, MaskedLayer]:
+    """Mask the target layers in place; if one fails, all are as they were."""
+    hparams = config.mask_hparams
+    if hparams["mask_bias"]:
+        bare = [name for name, module in targets.items() if module.bias is None]
+        if bare:
+            warnings.warn(f"mask_bias: no bias to mask in {', '.join(bare)}", stacklevel=3)
+    masked: dict[str, MaskedLayer] = {}
+    try:
+        for index, (name, module) in enumerate(targets.items()):
+            masked[name] = mask_layer(
+                module,
+                mask_unit=hparams["mask_unit"],
+                mask_bias=hparams["mask_bias"],
+                mask_init_value=hparams["mask_init_value"],
+                rescale=hparams["rescale"],
+                execution=config.execution,
+                layer_index=index,
+            )
+    except BaseException:
+        swap_out(masked.values())
+        raise
+    return masked
+
+
+def swap_out(layers: Iterable[MaskedLayer]) -> None:
+    """Unmask layers in place."""
+    for layer in layers:
+        enable_fused_encoder_layer(layer)
+        unmask_layer(layer)
+
+
+def disable_fused_encoder_layers(model: nn.Module) -> None:
+    """Keep ``torch.nn.TransformerEncoderLayer`` from its fused path, which in evaluation bypasses its linear layers.
+
+    The path is taken only by a layer without forward hooks, so masked layers inside one get a hook that does nothing.
+    """
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoderLayer):
+            for layer in encoder.modules():
+                if isinstance(layer, MaskedLayer):
+                    layer.register_forward_pre_hook(_do_nothing)
+
+
+def enable_fused_encoder_layer(layer: nn.Module) -> None:
+    """Remove what ``disable_fused_encoder_layers`` put on a layer."""
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is _do_nothing:
+            del layer._forward_pre_hooks[key]
+
+
+def _do_nothing(module: nn.Module, args: tuple) -> None:
+    return None
