@@ -1,13 +1,16 @@
 """Operator schemas, shape functions and dispatch: the tensor's device picks the back end.
 
-CPU runs the C++ kernels of ``csmask_kernels._cpu`` where they are built, and the plain-torch reference otherwise. CUDA and
-ROCm have no kernels in this version and say so rather than fall back. Autograd lives above, in ``functional``.
+CPU runs the C++ kernels of ``csmask_kernels._cpu`` where they are built, and the plain-torch reference otherwise.
+CUDA and ROCm have no kernels in this version and say so rather than fall back. Autograd lives above, in
+``functional``.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,8 +24,8 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    "logits_grad(Tensor dmasked_weight, Tensor weight, Tensor mask_logits, Tensor temperature, Tensor? dl0, float scale)"
-    " -> Tensor",
+    "logits_grad(Tensor dmasked_weight, Tensor weight, Tensor mask_logits, Tensor temperature, Tensor? dl0,"
+    " float scale) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -40,7 +43,9 @@ cpu_kernels, cpu_kernels_missing = _load_cpu_kernels()
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def _materialize_cpu(weight, mask_logits, temperature, hard, scale, dtype=None):
+def _materialize_cpu(
+    weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     dtype = dtype or weight.dtype
     has_kernel = weight.dtype in _CPU_DTYPES and dtype in _CPU_DTYPES and mask_logits.dtype == torch.float32
     if cpu_kernels is None or not has_kernel:
@@ -65,22 +70,31 @@ def _inner_size(weight: Tensor, mask_logits: Tensor) -> int:
     if mask_logits.shape == weight.shape:
         return 1
     unit_dim = max(range(weight.dim()), key=lambda d: mask_logits.shape[d])
-    return weight.shape[unit_dim + 1 :].numel()
+    return max(1, weight.shape[unit_dim + 1 :].numel())
 
 
-def _materialize_reference(weight, mask_logits, temperature, hard, scale, dtype=None):
+def _materialize_reference(
+    weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         masked_weight, l0 = reference.materialize(weight, mask_logits, temperature, hard, scale, dtype)
     return masked_weight.contiguous(), l0
 
 
-def _logits_grad_reference(dmasked_weight, weight, mask_logits, temperature, dl0, scale):
+def _logits_grad_reference(
+    dmasked_weight: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    dl0: Tensor | None,
+    scale: float,
+) -> Tensor:
     with torch.no_grad():
         return reference.logits_grad(dmasked_weight, weight, mask_logits, temperature, dl0, scale).contiguous()
 
 
-def _cuda_missing(name: str):
-    def raise_missing(*args, **kwargs):
+def _cuda_missing(name: str) -> Callable[..., NoReturn]:
+    def raise_missing(*_args: Any, **_kwargs: Any) -> NoReturn:
         raise NotImplementedError(
             f"csmask has no GPU kernel for {name} in this version; "
             'use CircuitConfig(execution="reference"), or "auto", which picks it on a GPU'
@@ -96,13 +110,28 @@ _LIBRARY.impl("materialize", _materialize_cpu, "CPU")
 
 
 @torch.library.register_fake("csmask::materialize")
-def _materialize_fake(weight, mask_logits, temperature, hard, scale, dtype=None):
+def _materialize_fake(
+    weight: Tensor,
+    mask_logits: Tensor,
+    _temperature: Tensor,
+    _hard: bool,
+    _scale: float,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     compute = reference.compute_dtype(weight, mask_logits)
-    return torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device), weight.new_empty((), dtype=compute)
+    masked_weight = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    return masked_weight, weight.new_empty((), dtype=compute)
 
 
 @torch.library.register_fake("csmask::logits_grad")
-def _logits_grad_fake(dmasked_weight, weight, mask_logits, temperature, dl0, scale):
+def _logits_grad_fake(
+    _dmasked_weight: Tensor,
+    _weight: Tensor,
+    mask_logits: Tensor,
+    _temperature: Tensor,
+    _dl0: Tensor | None,
+    _scale: float,
+) -> Tensor:
     return torch.empty(mask_logits.shape, dtype=mask_logits.dtype, device=mask_logits.device)
 
 

@@ -1,8 +1,9 @@
 """Ablation modes as pure functions of the circuit and a seed.
 
-The circuit ``C`` is a boolean tensor over the entries of the mask logits (``S > 0``), ``n`` its size. Weights and neurons
-alike are drawn entry by entry, so a control ablates as many units as the circuit has. Draws use one Philox stream per
-layer and parameter and one purpose per kind of draw: equal seeds draw equal masks on every device and in every process.
+The circuit ``C`` is a boolean tensor over the entries of the mask logits (``S > 0``), ``n`` its size. Weights and
+neurons alike are drawn entry by entry, so a control ablates as many units as the circuit has. Draws use one Philox
+stream per layer and parameter and one purpose per kind of draw: equal seeds draw equal masks on every device and in
+every process.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ _NOT_ELIGIBLE = torch.iinfo(torch.int64).max
 GPT2_INIT_STD = 0.02
 
 
-def check_ablation_mode(mode: str) -> str:
+def check_ablation_mode(mode: str | None) -> str:
     """The mode, if there is one of that name."""
-    if mode not in ABLATION_MODES:
+    if mode is None or mode not in ABLATION_MODES:
         raise ValueError(f"ablation mode must be one of {', '.join(map(repr, ABLATION_MODES))}, got {mode!r}")
     return mode
 

@@ -1,8 +1,8 @@
 """Saving, loading and exporting circuits: masks only, in safetensors, written atomically; loading executes nothing.
 
-A saved circuit is two files. ``circuit.json`` holds the config, the temperature, a fingerprint of each masked layer's base
-weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing ``circuit.json`` is the one
-step that makes a save take effect, so a save cut short at any point leaves the previous one whole.
+A saved circuit is two files. ``circuit.json`` holds the config, the temperature, a fingerprint of each masked layer's
+base weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing ``circuit.json``
+is the one step that makes a save take effect, so a save cut short at any point leaves the previous one whole.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import __version__
 from .config import CircuitConfig
 from .functional import check_temperature
-from .layers import MaskedLayer, unmask_layer
+from .layers import MaskedLayer, mask_shapes, unmask_layer
 from .surgery import enable_fused_encoder_layer, find_targets
 
 if TYPE_CHECKING:
@@ -43,15 +43,15 @@ _KEYS = {
 }
 
 
-def fingerprint(layer: nn.Module) -> dict[str, Any]:
+def fingerprint(layer: Any) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of a layer's base weight and bias: what a mask was trained for."""
     digest = hashlib.sha256()
     for param in (layer.weight, layer.bias):
         if param is not None:
             data = param.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
-    weight = layer.weight
-    return {"shape": list(weight.shape), "dtype": str(weight.dtype).removeprefix("torch."), "sha256": digest.hexdigest()}
+            digest.update(data.numpy().data)
+    shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
+    return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
 
 def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
@@ -65,7 +65,7 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
     masks = {name: p.detach().cpu().contiguous() for name, p in circuit.named_mask_parameters()}
     data = safetensors.torch.save(masks)
     digest = hashlib.sha256(data).hexdigest()
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "csmask_version": __version__,
@@ -89,25 +89,20 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
             stale.unlink()
 
 
-def load_circuit(cls: type[CircuitModel], model: nn.Module, directory: str | os.PathLike, check_base: bool):
+def load_circuit(
+    cls: type[CircuitModel], model: nn.Module, directory: str | os.PathLike, check_base: bool
+) -> CircuitModel:
     """Read, check and only then wrap ``model``; see ``CircuitModel.from_pretrained``."""
     path = Path(directory)
     content, masks = _read(path)
     config = CircuitConfig.from_dict(content["circuit_config"])
     temperature = check_temperature(content["temperature"])
-    _check_base_model(find_targets(model, config.target_layers), content["layers"], check_base)
-    _check_masks(path, masks)
+    targets = find_targets(model, config.target_layers)
+    _check_base_model(targets, content["layers"], check_base)
+    _check_masks(path, masks, targets, config)
     circuit = cls(config, model)
-    try:
-        expected = dict(circuit.named_mask_parameters())
-        wrong = sorted(set(expected) ^ set(masks)) or [n for n in masks if masks[n].shape != expected[n].shape]
-        if wrong:
-            raise ValueError(f"{path}: the masks do not fit the saved config at {', '.join(wrong[:4])}")
-    except BaseException:
-        circuit.unload()
-        raise
     with torch.no_grad():
-        for name, param in expected.items():
+        for name, param in circuit.named_mask_parameters():
             param.copy_(masks[name])
     circuit.temperature = temperature
     return circuit.eval()
@@ -116,7 +111,7 @@ def load_circuit(cls: type[CircuitModel], model: nn.Module, directory: str | os.
 def export_model(circuit: CircuitModel) -> nn.Module:
     """A copy of the base model without csmask, the hard mask written into its weights; see ``CircuitModel.export``."""
     circuit.check_logits()
-    model = copy.deepcopy(circuit.wrapped_model)
+    model: Any = copy.deepcopy(circuit.wrapped_model)
     owners: dict[int, int] = {}
     for module in model.modules():
         for param in module._parameters.values():
@@ -124,7 +119,7 @@ def export_model(circuit: CircuitModel) -> nn.Module:
                 owners[id(param)] = owners.get(id(param), 0) + 1
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for layer in [m for m in model.modules() if isinstance(m, MaskedLayer)]:
-        # A tied weight has other users, who go on with the unmasked one: the layer's own becomes a parameter of its own.
+        # The other users of a tied weight go on with the unmasked one: the layer gets a parameter of its own.
         if owners[id(layer.weight)] > 1 and layer is output:
             model.config.tie_word_embeddings = False
         write_hard_mask(layer)
@@ -137,12 +132,12 @@ def export_model(circuit: CircuitModel) -> nn.Module:
 def write_hard_mask(layer: MaskedLayer) -> nn.Module:
     """Unmask a layer and give it its hard-masked weight (and bias, where masked) as parameters."""
     weight, bias = layer.hard_masked_parameters()
-    masks_bias = layer.bias_mask_logits is not None
+    masked_bias = bias if layer.bias_mask_logits is not None else None
     enable_fused_encoder_layer(layer)
     unmask_layer(layer)
     layer.weight = nn.Parameter(weight.contiguous())
-    if masks_bias:
-        layer.bias = nn.Parameter(bias)
+    if masked_bias is not None:
+        layer.bias = nn.Parameter(masked_bias)
     return layer
 
 
@@ -164,8 +159,8 @@ def _write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -202,13 +197,23 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return content, safetensors.torch.load(data)
 
 
-def _check_masks(path: Path, masks: dict[str, Tensor]) -> None:
+def _check_masks(path: Path, masks: dict[str, Tensor], targets: dict[str, nn.Module], config: CircuitConfig) -> None:
+    """Raise unless the tensors are finite and just those that the config's masks on these layers consist of."""
+    hparams = config.mask_hparams
+    expected = {
+        f"{name}.{param}": shape
+        for name, module in targets.items()
+        for param, shape in mask_shapes(module, hparams["mask_unit"], hparams["mask_bias"]).items()
+    }
+    wrong = sorted(set(expected) ^ set(masks)) or [n for n in expected if masks[n].shape != expected[n]]
+    if wrong:
+        raise ValueError(f"{path}: the masks do not fit the saved config at {', '.join(wrong[:4])}")
     for name, logits in masks.items():
         if not torch.isfinite(logits).all():
             raise ValueError(f"{path}: {name} holds values that are not finite")
 
 
-def _check_base_model(targets: dict[str, nn.Module], saved: dict[str, dict], check_base: bool) -> None:
+def _check_base_model(targets: dict[str, Any], saved: dict[str, dict[str, Any]], check_base: bool) -> None:
     """Raise unless the model has the layers, shapes and (with ``check_base``) weights that the masks were made for."""
     if list(targets) != list(saved):
         difference = sorted(set(targets) ^ set(saved))[:4] or ["(their order)"]
@@ -223,8 +228,8 @@ def _check_base_model(targets: dict[str, nn.Module], saved: dict[str, dict], che
         found = fingerprint(layer)
         if found["dtype"] != saved[name]["dtype"]:
             raise ValueError(
-                f"wrong base dtype: {name}.weight is {found['dtype']}, the masks were saved over {saved[name]['dtype']}; "
-                "load the base in that dtype, or pass check_base=False"
+                f"wrong base dtype: {name}.weight is {found['dtype']}, the masks were saved over "
+                f"{saved[name]['dtype']}; load the base in that dtype, or pass check_base=False"
             )
         if found["sha256"] != saved[name]["sha256"]:
             raise ValueError(

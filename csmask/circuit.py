@@ -19,7 +19,14 @@ from .functional import check_temperature
 from .layers import MaskedLayer
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers
-from .surgery import disable_fused_encoder_layers, find_masked, find_targets, swap_in, swap_out
+from .surgery import (
+    disable_fused_encoder_layers,
+    enable_nested_tensors,
+    find_masked,
+    find_targets,
+    swap_in,
+    swap_out,
+)
 
 _NOT_YET = ("per_step", "in_kernel")
 
@@ -27,9 +34,9 @@ _NOT_YET = ("per_step", "in_kernel")
 class CircuitModel(nn.Module):
     """A model whose chosen layers are masked, with the masks in training.
 
-    The layers of ``model`` are masked in place (``unload()`` undoes it). The circuit starts in train mode, with soft masks
-    and temperature 1; ``eval()`` gives hard masks. Attributes that the circuit does not have are the base model's, so
-    ``generate``, ``config``, ``device`` or ``gradient_checkpointing_enable`` work as before.
+    The layers of ``model`` are masked in place (``unload()`` undoes it). The circuit starts in train mode, with soft
+    masks and temperature 1; ``eval()`` gives hard masks. Attributes that the circuit does not have are the base
+    model's, so ``generate``, ``config``, ``device`` or ``gradient_checkpointing_enable`` work as before.
 
     Args:
         config: what to mask and how; copied.
@@ -62,16 +69,21 @@ class CircuitModel(nn.Module):
         targets = find_targets(model, config.target_layers)
         self.circuit_config = config
         self.base_requires_grad = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+        self.base_training = {n: m.training for n, m in model.named_modules()}
         base_parameters = list(model.parameters())
-        self.masked_layers = swap_in(targets, config)
-        if config.freeze_base:
-            for param in base_parameters:
-                param.requires_grad_(False)
-        disable_fused_encoder_layers(model)
         self.wrapped_model = model
-        self._checkpointable = checkpointable_layers(model)
-        self._set_ablation(config.mask_hparams["ablation"], 0)
-        self.train()
+        try:
+            self.masked_layers = swap_in(targets, config)
+            if config.freeze_base:
+                for param in base_parameters:
+                    param.requires_grad_(False)
+            disable_fused_encoder_layers(model)
+            self._checkpointable = checkpointable_layers(model)
+            self._set_ablation(config.mask_hparams["ablation"], 0)
+            self.train()
+        except BaseException:
+            self._restore_base(targets.values())
+            raise
 
     # Running
 
@@ -94,7 +106,7 @@ class CircuitModel(nn.Module):
         return [layer for layer in self._checkpointable if layer.gradient_checkpointing]
 
     def _without_cache(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A key-value cache would be written a second time when a layer recomputes; transformers switches it off too."""
+        """Switch the key-value cache off, as transformers does: a layer that recomputes would write it twice."""
         if "use_cache" in inspect.signature(self.wrapped_model.forward).parameters:
             return {**kwargs, "use_cache": False}
         return kwargs
@@ -121,7 +133,7 @@ class CircuitModel(nn.Module):
         return (self.circuit_config.l0_lambda * self.l0()).to(loss.device)
 
     def train(self, mode: bool = True) -> CircuitModel:
-        """Soft masks (``mode=True``) or hard ones. A frozen base stays in eval mode, dropout off and statistics fixed."""
+        """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics."""
         if not isinstance(mode, bool):
             raise ValueError(f"training mode must be True or False, got {mode!r}")
         self.training = mode
@@ -133,9 +145,16 @@ class CircuitModel(nn.Module):
     # Masks
 
     @property
+    def _first_layer(self) -> MaskedLayer:
+        """A layer to ask for what all layers have in common."""
+        if not self.masked_layers:
+            raise ValueError("the circuit was unloaded: it has no masked layers any more")
+        return next(iter(self.masked_layers.values()))
+
+    @property
     def temperature(self) -> float:
         """``T``, which multiplies the mask logits: one value for all layers, positive and finite."""
-        return float(next(iter(self.masked_layers.values())).temperature)
+        return float(self._first_layer.temperature)
 
     @temperature.setter
     def temperature(self, value: float) -> None:
@@ -188,7 +207,7 @@ class CircuitModel(nn.Module):
         if reduction not in L0_REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(map(repr, L0_REDUCTIONS))}, got {reduction!r}")
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
-        device = next(iter(self.masked_layers.values())).mask_logits.device
+        device = self._first_layer.mask_logits.device
         total = torch.zeros((), dtype=torch.float32, device=device)
         for layer in layers:
             total = total + layer.l0().to(device)
@@ -237,7 +256,7 @@ class CircuitModel(nn.Module):
     @property
     def ablate_mode(self) -> str:
         """The ablation mode in use."""
-        return next(iter(self.masked_layers.values())).ablation
+        return self._first_layer.ablation
 
     def set_ablate_mode(
         self,
@@ -272,9 +291,9 @@ class CircuitModel(nn.Module):
             raise TypeError("give mode or ablation (NeuroSurgeon's name for it), not both")
         mode = check_ablation_mode(mode if mode is not None else ablation)
         if isinstance(seed, bool):  # NeuroSurgeon's second positional argument
-            seed, force_resample = None, seed
+            force_resample, seed = seed, None
         if seed is None:
-            seed = next(iter(self.masked_layers.values())).ablation_seed + bool(force_resample)
+            seed = self._first_layer.ablation_seed + bool(force_resample)
         check_seed(seed)
         if mode != "none" and any(not layer.hard for layer in self.masked_layers.values()):
             raise ValueError(f"ablation {mode!r} needs hard masks, but the masks are in training: call .eval() first")
@@ -333,17 +352,24 @@ class CircuitModel(nn.Module):
 
         Its outputs equal the hard-masked circuit's exactly. A tied weight that is masked becomes one of its own.
         """
-        return checkpoint.export_model(self)
+        model = checkpoint.export_model(self)
+        enable_nested_tensors(model)
+        return model
 
     def unload(self) -> nn.Module:
         """Take the masks off, in place, and return the base model as it was before; the circuit is spent."""
-        swap_out(self.masked_layers.values())
+        self._restore_base(self.masked_layers.values())
         self.masked_layers = {}
-        model = self.wrapped_model
-        for name, param in model.named_parameters(remove_duplicate=False):
+        return self.wrapped_model
+
+    def _restore_base(self, layers: Iterable[nn.Module]) -> None:
+        swap_out(layers)
+        enable_nested_tensors(self.wrapped_model)
+        for name, param in self.wrapped_model.named_parameters(remove_duplicate=False):
             if name in self.base_requires_grad:
                 param.requires_grad_(self.base_requires_grad[name])
-        return model
+        for name, module in self.wrapped_model.named_modules():
+            module.training = self.base_training.get(name, module.training)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ ABLATION_MODES = (
 MASK_UNITS = ("weight", "neuron")
 EXECUTIONS = ("auto", "per_step", "per_forward", "in_kernel", "reference")
 L0_REDUCTIONS = ("sum", "mean")
+FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
 DEFAULT_HPARAMS: dict[str, Any] = {
     "ablation": "none",
@@ -123,7 +125,7 @@ def _check_bool(name: str, value: Any) -> None:
 def _check_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if abs(value) > sys.float_info.max or math.isnan(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 
@@ -159,6 +161,8 @@ def _complete_hparams(hparams: Any) -> dict[str, Any]:
     for name in ("mask_bias", "rescale"):
         _check_bool(f"mask_hparams[{name!r}]", complete[name])
     complete["mask_init_value"] = _check_number("mask_hparams['mask_init_value']", complete["mask_init_value"])
+    if abs(complete["mask_init_value"]) > FLOAT32_MAX:
+        raise ValueError(f"mask_init_value must be a float32 number, got {complete['mask_init_value']}")
     if complete["rescale"] and complete["mask_init_value"] < -80:
         raise ValueError(
             "rescale divides by sigmoid(mask_init_value), which is 0 in fp32 below -80: "

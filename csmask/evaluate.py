@@ -53,8 +53,7 @@ class CircuitEvaluation:
 
     def __str__(self) -> str:
         lines = [f"{'':<10}{'kept':>9}{'mean':>9}{'spread':>9}{'draws':>7}"]
-        for row in self.rows:
-            lines.append(f"{row.name:<10}{row.kept:>9.2%}{row.mean:>9.3f}{row.spread:>9.3f}{len(row.scores):>7}")
+        lines += [f"{r.name:<10}{r.kept:>9.2%}{r.mean:>9.3f}{r.spread:>9.3f}{len(r.scores):>7}" for r in self.rows]
         lines.append(f"selectivity (random - ablated): {self.selectivity:.3f}")
         return "\n".join(lines)
 

@@ -1,13 +1,14 @@
 """Masked operations with gradients: checks and autograd around the operators of ``_ops``.
 
-Each function has the signature and meaning of its namesake in ``reference``. What differs is the cost: the masked weight
-is made by one kernel, is not saved for backward but rebuilt there, and the gradient of the logits is one more kernel.
-These functions have first derivatives; for higher ones use ``reference``.
+Each function has the signature and meaning of its namesake in ``reference``. What differs is the cost: the masked
+weight is made by one kernel, is not saved for backward but rebuilt there, and the gradient of the logits is one more
+kernel. These functions have first derivatives; for higher ones use ``reference``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,10 @@ def _prepare_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     """``x`` and ``bias`` in the dtype that the operation runs in, the autocast dtype where autocast is on."""
     if x.device != weight.device:
         raise ValueError(f"x must be on {weight.device} like weight, got {x.device}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         return x.to(dtype), None if bias is None else bias.to(dtype)
     if x.dtype != weight.dtype:
         raise TypeError(
@@ -60,11 +63,17 @@ def _prepare_input(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     return x, bias
 
 
-def _check_features(x: Tensor, weight: Tensor, features: int, dim: int) -> None:
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, features: int, units: int, dim: int) -> None:
+    """Raise unless ``x`` has ``features`` in dimension ``dim`` and ``bias`` fits the output's ``units``."""
     if x.dim() < -dim or x.shape[dim] != features:
         raise ValueError(
             f"x must have {features} features in dimension {dim} to match weight {tuple(weight.shape)}, "
             f"got shape {tuple(x.shape)}"
+        )
+    if bias is not None and (tuple(bias.shape) != (units,) or bias.device != weight.device):
+        raise ValueError(
+            f"bias must have shape ({units},) and be on {weight.device} to match weight {tuple(weight.shape)}, "
+            f"got {tuple(bias.shape)} on {bias.device}"
         )
 
 
@@ -79,7 +88,15 @@ def _temperature_tensor(temperature: Tensor | float, mask_logits: Tensor) -> Ten
 
 class _Materialize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, mask_logits, temperature, hard, scale, dtype):
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        mask_logits: Tensor,
+        temperature: Tensor,
+        hard: bool,
+        scale: float,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight, mask_logits, temperature)
         ctx.hard, ctx.scale, ctx.mask_inputs = hard, scale, (0, 1)
         ctx.set_materialize_grads(False)
@@ -87,7 +104,7 @@ class _Materialize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dmasked_weight, dl0):
+    def backward(ctx: Any, dmasked_weight: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, mask_logits, temperature = ctx.saved_tensors
         if dmasked_weight is None:
             dmasked_weight = torch.zeros_like(weight)
@@ -95,7 +112,14 @@ class _Materialize(torch.autograd.Function):
         return dweight, dlogits, None, None, None, None
 
 
-def _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature, dl0=None):
+def _weight_and_logits_grads(
+    ctx: Any,
+    dmasked_weight: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    dl0: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
     """Chain rule from the masked weight to its two factors, which are inputs ``ctx.mask_inputs`` of the node."""
     weight_input, logits_input = ctx.mask_inputs
     dweight = dlogits = None
@@ -109,7 +133,17 @@ def _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperatu
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask_logits, temperature, bias, hard, scale, transposed):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask_logits: Tensor,
+        temperature: Tensor,
+        bias: Tensor | None,
+        hard: bool,
+        scale: float,
+        transposed: bool,
+    ) -> Tensor:
         needs_dweight = ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not hard)
         ctx.save_for_backward(x if needs_dweight else None, weight, mask_logits, temperature)
         ctx.hard, ctx.scale, ctx.transposed, ctx.mask_inputs = hard, scale, transposed, (1, 2)
@@ -119,16 +153,16 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask_logits, temperature = ctx.saved_tensors
         dx = dweight = dlogits = dbias = None
-        rows = dout.reshape(-1, dout.shape[-1])  # (M, N)
+        rows = reference.as_rows(dout)  # (M, N)
         if ctx.needs_input_grad[0]:
             masked_weight, _ = _ops.materialize(weight, mask_logits, temperature, ctx.hard, ctx.scale, ctx.dtype)
             dx = rows @ (masked_weight.t() if ctx.transposed else masked_weight)
             dx = dx.view(*dout.shape[:-1], dx.shape[-1])
         if x is not None:
-            x = x.reshape(-1, x.shape[-1])  # (M, K)
+            x = reference.as_rows(x)  # (M, K)
             dmasked_weight = x.t() @ rows if ctx.transposed else rows.t() @ x
             dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature)
         if ctx.needs_input_grad[4]:
@@ -138,7 +172,20 @@ class _MaskedLinear(torch.autograd.Function):
 
 class _MaskedConv(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, mask_logits, temperature, bias, hard, scale, stride, padding, dilation, groups):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask_logits: Tensor,
+        temperature: Tensor,
+        bias: Tensor | None,
+        hard: bool,
+        scale: float,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mask_logits, temperature)
         ctx.hard, ctx.scale, ctx.mask_inputs = hard, scale, (1, 2)
         ctx.needs_dweight = ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not hard)
@@ -148,7 +195,7 @@ class _MaskedConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask_logits, temperature = ctx.saved_tensors
         wants = [ctx.needs_input_grad[0], ctx.needs_dweight, ctx.needs_input_grad[4]]
         masked_weight, _ = _ops.materialize(weight, mask_logits, temperature, ctx.hard, ctx.scale, x.dtype)
@@ -179,6 +226,8 @@ def materialize(
         ValueError: shapes or devices that do not match, a temperature that is not positive and finite.
     """
     check_masked_weight(weight, mask_logits)
+    if dtype is not None and dtype not in _FLOATS:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     temperature = _temperature_tensor(temperature, mask_logits)
     return _Materialize.apply(weight, mask_logits, temperature, hard, scale, dtype)
 
@@ -213,9 +262,12 @@ def masked_linear(
         TypeError: a dtype that is not a float, or ``x`` of another dtype than ``weight`` outside autocast.
         ValueError: shapes or devices that do not match, a temperature that is not positive and finite.
     """
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-d, got shape {tuple(weight.shape)}")
     check_masked_weight(weight, mask_logits)
     x, bias = _prepare_input(x, weight, bias)
-    _check_features(x, weight, weight.shape[0 if transposed else 1], dim=-1)
+    in_dim, out_dim = (0, 1) if transposed else (1, 0)
+    _check_shapes(x, weight, bias, weight.shape[in_dim], weight.shape[out_dim], dim=-1)
     temperature = _temperature_tensor(temperature, mask_logits)
     return _MaskedLinear.apply(x, weight, mask_logits, temperature, bias, hard, scale, transposed)
 
@@ -249,12 +301,11 @@ def masked_conv(
     dims = weight.dim() - 2
     if x.dim() not in (dims + 1, dims + 2):
         raise ValueError(f"x must have {dims + 2} dimensions, or {dims + 1} unbatched, got shape {tuple(x.shape)}")
-    _check_features(x, weight, weight.shape[1] * groups, dim=-dims - 1)
+    _check_shapes(x, weight, bias, weight.shape[1] * groups, weight.shape[0], dim=-dims - 1)
     temperature = _temperature_tensor(temperature, mask_logits)
     batched = x.dim() == dims + 2
-    x, pad = reference.pad_input(x if batched else x.unsqueeze(0), weight.shape[2:], padding, dilation, padding_mode)
     stride, dilation = reference.as_tuple(stride, dims), reference.as_tuple(dilation, dims)
-    out = _MaskedConv.apply(
-        x, weight, mask_logits, temperature, bias, hard, scale, stride, pad, dilation, groups
-    )
+    x = x if batched else x.unsqueeze(0)
+    x, pad = reference.pad_input(x, weight.shape[2:], stride, padding, dilation, padding_mode)
+    out = _MaskedConv.apply(x, weight, mask_logits, temperature, bias, hard, scale, stride, pad, dilation, groups)
     return out if batched else out.squeeze(0)

@@ -1,14 +1,15 @@
 """Masked layers: a masked layer *is* the layer it was, with mask logits added and its forward replaced.
 
-``mask_layer`` turns a module into a masked one in place, by giving it a masked subclass of its own class. Everything that
-holds the module goes on holding it: parents under any name, hooks, tied weights, attributes of user-made subclasses.
-``unmask_layer`` is the inverse.
+``mask_layer`` turns a module into a masked one in place, by giving it a masked subclass of its own class. Everything
+that holds the module goes on holding it: parents under any name, hooks, tied weights, attributes of user-made
+subclasses. ``unmask_layer`` is the inverse.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class MaskedLayer(nn.Module):
     # Dimension of the weight that counts output units (neurons, filters).
     unit_dim = 0
 
+    _unmasked_class: type
     weight: nn.Parameter
     bias: nn.Parameter | None
     mask_logits: nn.Parameter
@@ -127,18 +129,18 @@ class MaskedLayer(nn.Module):
             bias, _ = self.ops.materialize(bias, self.bias_mask_logits, self.temperature, True, self.mask_scale)
         return weight, bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the argument's name in torch.nn
         if not self.use_masks:
-            return super().forward(x)
+            return super().forward(input)
         if self.ablation == "none":
-            return self._masked_forward(x)
+            return self._masked_forward(input)
         if not self.hard:
             raise ValueError(
                 f"ablation {self.ablation!r} needs hard masks, but the masks are in training: call .eval() first, "
                 "or set_ablate_mode('none')"
             )
         weight, bias = self.ablated_parameters()
-        return self._plain_forward(x, weight, bias)
+        return self._plain_forward(input, weight, bias)
 
     def _masked_forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -183,7 +185,7 @@ class MaskedLayer(nn.Module):
         """Drop drawn masks and values."""
         self._ablation_cache: dict[str, tuple] = {}
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates."""
         own = [self.mask_logits, self.bias_mask_logits, self.temperature]
         own += [p.grad for p in own if p is not None]
@@ -198,10 +200,10 @@ class MaskedLayer(nn.Module):
         self.clear_ablation_cache()
         return super()._apply(move, recurse)
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The masked class of a user's subclass is made at run time: rebuild it from the class that it masks.
         state = dict(self.__dict__, _ablation_cache={})
-        return _rebuild, (type(self)._unmasked_class,), state
+        return _rebuild, (self._unmasked_class,), state
 
     def extra_repr(self) -> str:
         masked = f"mask_unit={self.mask_unit!r}"
@@ -216,7 +218,7 @@ class MaskedLinear(MaskedLayer):
     def _masked_forward(self, x: Tensor) -> Tensor:
         return self.ops.masked_linear(x, **self.mask_arguments())
 
-    def _plain_forward(self, x, weight, bias):
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.apply_linear(x, weight, bias, transposed=False)
 
 
@@ -226,14 +228,19 @@ class MaskedConv1D(MaskedLayer):
     unit_dim = 1
     fan_in = None
 
+    def forward(self, x: Tensor) -> Tensor:  # the argument's name is the masked layer's own, as in the other types
+        return super().forward(x)
+
     def _masked_forward(self, x: Tensor) -> Tensor:
         return self.ops.masked_linear(x, transposed=True, **self.mask_arguments())
 
-    def _plain_forward(self, x, weight, bias):
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.apply_linear(x, weight, bias, transposed=True)
 
 
 class _MaskedConv(MaskedLayer):
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
     def _masked_forward(self, x: Tensor) -> Tensor:
         return self.ops.masked_conv(
             x,
@@ -245,7 +252,7 @@ class _MaskedConv(MaskedLayer):
             padding_mode=self.padding_mode,
         )
 
-    def _plain_forward(self, x, weight, bias):
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
 
@@ -257,7 +264,11 @@ class MaskedConv2d(_MaskedConv):
     """A masked ``torch.nn.Conv2d``: weight ``(out, in / groups, *kernel)``; a neuron is a filter."""
 
 
-_MASKED_TYPES: dict[type, type[MaskedLayer]] = {nn.Linear: MaskedLinear, nn.Conv1d: MaskedConv1d, nn.Conv2d: MaskedConv2d}
+_MASKED_TYPES: dict[type, type[MaskedLayer]] = {
+    nn.Linear: MaskedLinear,
+    nn.Conv1d: MaskedConv1d,
+    nn.Conv2d: MaskedConv2d,
+}
 # By name: transformers need not be imported to mask models that do not use it.
 _GPT2_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
@@ -294,8 +305,18 @@ def _rebuild(cls: type) -> MaskedLayer:
     return masked.__new__(masked)
 
 
+def mask_shapes(module: Any, mask_unit: str, mask_bias: bool) -> dict[str, torch.Size]:
+    """Shapes of the parameters that ``mask_layer`` would add to a layer, by name."""
+    unit_dim = masked_class(type(module)).unit_dim  # type: ignore[arg-type]
+    shape = module.weight.shape
+    shapes = {"mask_logits": shape if mask_unit == "weight" else shape[unit_dim : unit_dim + 1]}
+    if mask_bias and module.bias is not None:
+        shapes["bias_mask_logits"] = module.bias.shape
+    return shapes
+
+
 def mask_layer(
-    module: nn.Module,
+    module: Any,
     *,
     mask_unit: str = "weight",
     mask_bias: bool = False,
@@ -319,15 +340,15 @@ def mask_layer(
     """
     if isinstance(module, MaskedLayer):
         raise ValueError("the layer is masked already")
-    masked = masked_class(type(module))
-    unit_shape = module.weight.shape if mask_unit == "weight" else module.weight.shape[masked.unit_dim : masked.unit_dim + 1]
+    masked = masked_class(type(module))  # type: ignore[arg-type]
+    shapes = mask_shapes(module, mask_unit, mask_bias)
     device = module.weight.device
 
     def logits(shape: torch.Size) -> nn.Parameter:
         return nn.Parameter(torch.full(shape, mask_init_value, dtype=torch.float32, device=device))
 
-    mask_logits = logits(unit_shape)
-    bias_mask_logits = logits(module.bias.shape) if mask_bias and module.bias is not None else None
+    mask_logits = logits(shapes["mask_logits"])
+    bias_mask_logits = logits(shapes["bias_mask_logits"]) if "bias_mask_logits" in shapes else None
     module.__class__ = masked
     module.mask_unit = mask_unit
     module.mask_scale = 1 + math.exp(-mask_init_value) if rescale else 1.0  # 1 / sigmoid(mask_init_value)
@@ -342,14 +363,14 @@ def mask_layer(
     return module
 
 
-def unmask_layer(module: MaskedLayer) -> nn.Module:
-    """Undo ``mask_layer``: the layer has its own class and its own weights again, and no logits."""
+def unmask_layer(module: Any) -> nn.Module:
+    """Undo ``mask_layer``, even one that was cut short: the layer has its own class again, and no logits."""
     for name in ("mask_logits", "bias_mask_logits"):
-        module._parameters.pop(name)
-    module._buffers.pop("temperature")
+        module._parameters.pop(name, None)
+    module._buffers.pop("temperature", None)
     for name in _OWN_ATTRIBUTES:
-        delattr(module, name)
-    module.__class__ = type(module)._unmasked_class
+        vars(module).pop(name, None)
+    module.__class__ = module._unmasked_class
     return module
 
 
@@ -363,3 +384,9 @@ _OWN_ATTRIBUTES = (
     "ablation_seed",
     "_ablation_cache",
 )
+
+
+def taken_attribute(module: nn.Module) -> str | None:
+    """A name that a masked layer needs for itself and the layer has already, if there is one."""
+    own = {"mask_logits", "bias_mask_logits", "temperature", *_OWN_ATTRIBUTES, *vars(MaskedLayer)} - set(dir(nn.Module))
+    return next((name for name in sorted(own) if hasattr(module, name)), None)

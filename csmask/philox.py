@@ -76,8 +76,9 @@ def random_normal(count: int, seed: int, stream: int, purpose: int, device: torc
     standard deviations; unlike Box-Muller it needs no logarithm or cosine, which no two back ends round alike.
     """
     mean, inverse_std = 16 * 255 / 2, (16 * (256**2 - 1) / 12) ** -0.5
+    shifts = torch.tensor([0, 8, 16, 24], device=device)
     sums = [
-        sum(((words >> shift) & 0xFF).sum(dim=1) for shift in (0, 8, 16, 24))
+        ((words.unsqueeze(-1) >> shifts) & 0xFF).sum(dim=(1, 2))
         for words in _blocks(count, seed, stream, purpose, device)
     ]
     if not sums:

@@ -12,7 +12,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
@@ -25,9 +26,9 @@ def checkpointable_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def checkpoint_frozen_layers(layers: list[nn.Module]) -> Iterator[None]:
+def checkpoint_frozen_layers(layers: list[Any]) -> Iterator[None]:
     """Let frozen ``layers`` checkpoint during the ``with`` block; afterwards they are as they were."""
-    originals = [layer._gradient_checkpointing_func for layer in layers]
+    originals: list[Any] = [layer._gradient_checkpointing_func for layer in layers]
     try:
         for layer, original in zip(layers, originals, strict=True):
             layer._gradient_checkpointing_func = _in_eval(layer, original)
@@ -49,6 +50,18 @@ def _in_eval(layer: nn.Module, checkpoint: Callable) -> Callable:
             finally:
                 layer.training = training
 
+        if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            args = tuple(_requiring_grad(arg) for arg in args)
         return checkpoint(run, *args, **kwargs)
 
     return checkpoint_in_eval
+
+
+def _requiring_grad(value: Any) -> Any:
+    """A tensor that carries gradients: reentrant checkpointing gives none to the masks of a layer without such input.
+
+    Transformers sees to that for token embeddings only, not for pixels or embeddings that the caller passes.
+    """
+    if torch.is_grad_enabled() and isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value

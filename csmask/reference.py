@@ -1,7 +1,7 @@
 """Every csmask operation in plain torch: the specification, the test oracle and a benchmark row.
 
-Tensors: ``weight`` is the frozen weight of any shape; ``mask_logits`` has the weight's shape (unit ``"weight"``) or 1 in
-every dimension but one (unit ``"neuron"``: one logit per output unit, broadcast over that unit's weights);
+Tensors: ``weight`` is the frozen weight of any shape; ``mask_logits`` has the weight's shape (unit ``"weight"``) or 1
+in every dimension but one (unit ``"neuron"``: one logit per output unit, broadcast over that unit's weights);
 ``temperature`` *multiplies* the logits and is a float or a 0-d tensor. Arithmetic runs in fp32, or in fp64 where the
 weight or the logits are fp64, and is rounded once to the result's dtype.
 
@@ -11,10 +11,13 @@ Method: continuous sparsification, Savarese et al. 2020, https://arxiv.org/abs/1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -35,12 +38,12 @@ class _SoftMask(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mask_logits, temperature):
+    def forward(ctx: Any, mask_logits: Tensor, temperature: Tensor) -> Tensor:
         ctx.save_for_backward(mask_logits, temperature)
         return torch.sigmoid(temperature * mask_logits)
 
     @staticmethod
-    def backward(ctx, dmask):
+    def backward(ctx: Any, dmask: Tensor) -> tuple[Tensor, None]:
         mask_logits, temperature = ctx.saved_tensors
         return dmask * soft_mask_derivative(mask_logits, temperature), None
 
@@ -205,23 +208,29 @@ def masked_conv(
         temperature, hard, scale: as in ``materialize``.
     """
     masked_weight, _ = materialize(weight, mask_logits, temperature, hard, scale, x.dtype)
-    x, pad = pad_input(x, weight.shape[2:], padding, dilation, padding_mode)
+    x, pad = pad_input(x, weight.shape[2:], stride, padding, dilation, padding_mode)
     conv = F.conv1d if weight.dim() == 3 else F.conv2d
     return conv(x, masked_weight, bias, stride, pad, dilation, groups)
 
 
 def apply_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """The unmasked linear operation, by the very call that the unmasked layer makes, so that the numbers are its own."""
+    """The unmasked linear operation, by the call that the unmasked layer makes: the numbers are that layer's own."""
     if not transposed:
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, weight.shape[0])
+    rows = as_rows(x)
     out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
     return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``(..., K)`` as ``(M, K)``; M is written out because ``reshape(-1, 0)`` is ambiguous."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def pad_input(
     x: Tensor,
     kernel: Sequence[int],
+    stride: int | Sequence[int],
     padding: str | int | Sequence[int],
     dilation: int | Sequence[int],
     padding_mode: str,
@@ -230,15 +239,26 @@ def pad_input(
 
     Returns:
         ``(x, pad)``: the input, padded here as far as a convolution's symmetric zero padding cannot, and the rest.
+
+    Raises:
+        ValueError: a padding or padding mode that does not exist, or ``"same"`` with a stride.
     """
     dims = len(kernel)
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {', '.join(map(repr, PADDING_MODES))}, got {padding_mode!r}")
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
     if padding == "same":
+        if any(s != 1 for s in as_tuple(stride, dims)):
+            raise ValueError(f"padding='same' is not supported for strided convolutions, got stride {stride}")
         total = [d * (k - 1) for d, k in zip(as_tuple(dilation, dims), kernel, strict=True)]
         before = tuple(t // 2 for t in total)
         extra = tuple(t % 2 for t in total)
     else:
         before = (0,) * dims if padding == "valid" else as_tuple(padding, dims)  # type: ignore[arg-type]
         extra = (0,) * dims
+    if min(before) < 0:
+        raise ValueError(f"padding must not be negative, got {padding}")
     if padding_mode == "zeros":
         return (F.pad(x, _pad_pairs((0,) * dims, extra)) if any(extra) else x), before
     after = tuple(b + e for b, e in zip(before, extra, strict=True))
@@ -251,5 +271,8 @@ def _pad_pairs(before: Sequence[int], after: Sequence[int]) -> list[int]:
 
 
 def as_tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
-    """``value`` once per spatial dimension."""
-    return (value,) * dims if isinstance(value, int) else tuple(value)
+    """One number per spatial dimension; a single one, in a tuple or not, counts for all of them."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) not in (1, dims):
+        raise ValueError(f"stride, padding and dilation must be one number or {dims} of them, got {value}")
+    return values * dims if len(values) == 1 else values

@@ -22,10 +22,13 @@ def temperature_at(t: int, total: int, max_temperature: float = 200.0, kind: str
     ``t = 0 .. total - 1``: 1 at the first, exactly ``T_max`` at the last, and ``T_max`` from then on.
 
     Raises:
+        TypeError: a ``total`` that is not an int.
         ValueError: ``total < 1``, ``t < 0``, a maximum below 1 or an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+    if isinstance(total, bool) or not isinstance(total, int):
+        raise TypeError(f"total must be an int, got {type(total).__name__}")
     if total < 1:
         raise ValueError(f"total must be at least 1, got {total}")
     if t < 0:

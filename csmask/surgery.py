@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from .config import CircuitConfig
-from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, unmask_layer
+from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, taken_attribute, unmask_layer
 
 _WILDCARDS = frozenset("*?[")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Heads that transformers' classification and question-answering models put beside the backbone; PEFT leaves the first
 # two out of "all-linear" too.
 _HEAD_NAMES = ("classifier", "score", "qa_outputs")
+
+# Marks a torch.nn.TransformerEncoder whose nested tensors surgery has switched off.
+_NESTED_BEFORE = "_nested_tensor_before_masks"
 
 
 def module_names(model: nn.Module) -> dict[str, nn.Module]:
@@ -54,18 +57,18 @@ def find_masked(model: nn.Module, names: str | Iterable[str]) -> dict[str, Maske
     """The masked layers that ``names`` names, as ``target_layers`` does; "wrapped_model." may stand in front.
 
     Raises:
-        ValueError: a name that is no layer, or a layer that is not masked.
+        ValueError: a name that is no layer or an unmasked one, or a pattern that matches no masked layer.
     """
     reachable = module_names(model)
     found: dict[str, MaskedLayer] = {}
     for target in [names] if isinstance(names, str) else names:
-        for name in _match(target.removeprefix("wrapped_model."), reachable):
-            module = reachable[name]
-            if not isinstance(module, MaskedLayer):
-                masked = [n for n, m in reachable.items() if isinstance(m, MaskedLayer)]
-                near = difflib.get_close_matches(name, masked, n=3, cutoff=0.0)
-                raise ValueError(f"layer {name!r} is not masked; masked layers like it: {', '.join(near)}")
-            found[name] = module
+        matches = _match(target.removeprefix("wrapped_model."), reachable)
+        masked = {name: module for name in matches if isinstance(module := reachable[name], MaskedLayer)}
+        if not masked:
+            candidates = [n for n, m in reachable.items() if isinstance(m, MaskedLayer)]
+            near = difflib.get_close_matches(matches[0], candidates, n=3, cutoff=0.0)
+            raise ValueError(f"layer {matches[0]!r} is not masked; masked layers like it: {', '.join(near)}")
+        found.update(masked)
     return found
 
 
@@ -80,7 +83,8 @@ def _match(target: str, names: dict[str, nn.Module]) -> list[str]:
         return [target.removesuffix(".weight")]
     elif target.endswith(".bias") and target.removesuffix(".bias") in names:
         raise ValueError(
-            f"target layer {target!r} is a bias: name its layer, and mask its bias with mask_hparams={{'mask_bias': True}}"
+            f"target layer {target!r} is a bias: name its layer, and mask its bias too with "
+            "mask_hparams={'mask_bias': True}"
         )
     elif _WILDCARDS & set(target):
         matched = [n for n in names if fnmatch.fnmatchcase(n, target) or fnmatch.fnmatchcase(f"{n}.weight", target)]
@@ -153,9 +157,7 @@ def check_layer(name: str, module: nn.Module, names: dict[str, nn.Module]) -> No
         raise error(f"layer {name!r} cannot be masked: {text}")
 
 
-def unmaskable_reason(
-    name: str, module: nn.Module, names: dict[str, nn.Module]
-) -> tuple[type[Exception], str] | None:
+def unmaskable_reason(name: str, module: nn.Module, names: dict[str, nn.Module]) -> tuple[type[Exception], str] | None:
     """Why a layer cannot be masked, as an error type and its text; None if it can."""
     if isinstance(module, MaskedLayer):
         return ValueError, "it is masked already; unload() the circuit that it belongs to first"
@@ -164,17 +166,16 @@ def unmaskable_reason(
         return TypeError, f"{kind} is not a Linear, Conv1d, Conv2d or GPT-2 Conv1D"
     if not keeps_forward(type(module)) or "forward" in vars(module):
         return NotImplementedError, f"{kind} has a forward of its own, which would not use the mask"
-    parent = names.get(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+    if any(isinstance(m, nn.MultiheadAttention) and module is m.out_proj for m in names.values()):
         return NotImplementedError, "torch.nn.MultiheadAttention uses its weight without calling it"
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
         return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy, parametrized or quantised)"
     if weight.dtype not in _FLOATS:
         return TypeError, f"its weight has dtype {weight.dtype}, not float16, bfloat16, float32 or float64"
-    taken = [a for a in ("mask_logits", "bias_mask_logits", "temperature") if hasattr(module, a)]
-    if taken:
-        return ValueError, f"it has an attribute {taken[0]!r} already"
+    taken = taken_attribute(module)
+    if taken is not None:
+        return ValueError, f"it has an attribute {taken!r} already, which a masked layer needs"
     return None
 
 
@@ -198,28 +199,43 @@ def swap_in(targets: dict[str, nn.Module], config: CircuitConfig) -> dict[str, M
                 layer_index=index,
             )
     except BaseException:
-        swap_out(masked.values())
+        swap_out(targets.values())
         raise
     return masked
 
 
-def swap_out(layers: Iterable[MaskedLayer]) -> None:
-    """Unmask layers in place."""
+def swap_out(layers: Iterable[nn.Module]) -> None:
+    """Unmask, in place, those of the layers that are masked."""
     for layer in layers:
-        enable_fused_encoder_layer(layer)
-        unmask_layer(layer)
+        if isinstance(layer, MaskedLayer):
+            enable_fused_encoder_layer(layer)
+            unmask_layer(layer)
 
 
 def disable_fused_encoder_layers(model: nn.Module) -> None:
     """Keep ``torch.nn.TransformerEncoderLayer`` from its fused path, which in evaluation bypasses its linear layers.
 
     The path is taken only by a layer without forward hooks, so masked layers inside one get a hook that does nothing.
+    Nor may a frozen ``torch.nn.TransformerEncoder``, always in eval mode, make nested tensors of padded input: without
+    the fused path they have no gradient.
     """
     for encoder in model.modules():
+        if not isinstance(encoder, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            continue
+        masked = [layer for layer in encoder.modules() if isinstance(layer, MaskedLayer)]
         if isinstance(encoder, nn.TransformerEncoderLayer):
-            for layer in encoder.modules():
-                if isinstance(layer, MaskedLayer):
-                    layer.register_forward_pre_hook(_do_nothing)
+            for layer in masked:
+                layer.register_forward_pre_hook(_do_nothing)
+        elif masked and encoder.use_nested_tensor:
+            encoder.use_nested_tensor = False
+            setattr(encoder, _NESTED_BEFORE, True)
+
+
+def enable_nested_tensors(model: nn.Module) -> None:
+    """Undo what ``disable_fused_encoder_layers`` did to the encoders of a model."""
+    for encoder in model.modules():
+        if vars(encoder).pop(_NESTED_BEFORE, False):
+            encoder.use_nested_tensor = True
 
 
 def enable_fused_encoder_layer(layer: nn.Module) -> None:
@@ -229,5 +245,5 @@ def enable_fused_encoder_layer(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def _do_nothing(module: nn.Module, args: tuple) -> None:
+def _do_nothing(_module: nn.Module, _args: tuple) -> None:
     return None

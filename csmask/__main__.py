@@ -1,0 +1,5 @@
+"""``python -m csmask`` is the ``csmask`` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,93 @@
+"""The ``csmask`` command."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_PACKAGES = ("torch", "transformers", "triton", "safetensors", "numpy")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train binary masks over the weights of frozen models."""
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, the back ends found, and why one is missing."""
+    for name, value in diagnosis().items():
+        typer.echo(f"{name:<18}{value}")
+
+
+def diagnosis() -> dict[str, str]:
+    """What ``csmask doctor`` prints, line by line."""
+    import torch
+
+    report = {"csmask": __version__, "python": platform.python_version()}
+    report.update({package: _version(package) for package in _PACKAGES})
+    report["threads"] = str(torch.get_num_threads())
+    report["GPU"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found"
+    report.update(_back_ends())
+    return report
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _back_ends() -> dict[str, str]:
+    from . import _ops
+
+    if _ops.cpu_kernels is None:
+        cpu = (
+            f"reference (plain torch): the C++ kernels are not there ({_ops.cpu_kernels_missing}); "
+            "to have them, install a C++17 compiler and install csmask again"
+        )
+    else:
+        usable = ", ".join(_ops.cpu_kernels.instruction_sets())
+        cpu = f"C++ for materialize, {_ops.cpu_kernels.instruction_set()} (of {usable}); reference for the rest"
+    return {
+        "back end, CPU": cpu,
+        "back end, GPU": "reference (plain torch): this version has no GPU kernels",
+        "back end, others": "reference (plain torch)",
+    }
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(help="Seed of masks, batches and controls.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Training steps per mask; the tested number by default.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for figures, masks and numbers.")] = Path("noun-verb-circuit"),
+    device: Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+) -> None:
+    """Find the circuit that tells nouns from verbs in a pretrained MiniLM."""
+    from .demo.noun_verb import run
+
+    run(seed=seed, steps=steps, output=output, device=device, resume=resume)
+
+
+def main() -> None:
+    """Entry point of the ``csmask`` command."""
+    app()
