@@ -122,6 +122,8 @@ def export_model(circuit: CircuitModel) -> nn.Module:
         # The other users of a tied weight go on with the unmasked one: the layer gets a parameter of its own.
         if owners[id(layer.weight)] > 1 and layer is output:
             model.config.tie_word_embeddings = False
+            if layer.bias is not None and owners[id(layer.bias)] > 1:  # BERT ties the head's bias by the same switch
+                layer.bias = nn.Parameter(layer.bias.detach().clone())
         write_hard_mask(layer)
     for name, param in model.named_parameters():
         param.requires_grad_(circuit.base_requires_grad.get(name, True))
@@ -174,7 +176,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no saved circuit: {CIRCUIT_FILE} is not there")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(), parse_constant=_refuse_constant)
     except ValueError as error:
         raise ValueError(f"{file} is truncated or not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -197,8 +199,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return content, safetensors.torch.load(data)
 
 
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
 def _check_masks(path: Path, masks: dict[str, Tensor], targets: dict[str, nn.Module], config: CircuitConfig) -> None:
-    """Raise unless the tensors are finite and just those that the config's masks on these layers consist of."""
+    """Raise unless the tensors are free of NaN and just those that the config's masks on these layers consist of."""
     hparams = config.mask_hparams
     expected = {
         f"{name}.{param}": shape
@@ -209,8 +215,8 @@ def _check_masks(path: Path, masks: dict[str, Tensor], targets: dict[str, nn.Mod
     if wrong:
         raise ValueError(f"{path}: the masks do not fit the saved config at {', '.join(wrong[:4])}")
     for name, logits in masks.items():
-        if not torch.isfinite(logits).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite")
+        if torch.isnan(logits).any():
+            raise ValueError(f"{path}: {name} holds NaN")
 
 
 def _check_base_model(targets: dict[str, Any], saved: dict[str, dict[str, Any]], check_base: bool) -> None:

@@ -29,6 +29,8 @@ from .surgery import (
 )
 
 _NOT_YET = ("per_step", "in_kernel")
+# Arguments beside "labels", "next_sentence_label" ... that make a transformers model compute a loss.
+_LABEL_NAMES = ("start_positions", "end_positions", "return_loss")
 
 
 class CircuitModel(nn.Module):
@@ -97,7 +99,7 @@ class CircuitModel(nn.Module):
         else:
             output = self.wrapped_model(*args, **kwargs)
         if self.training and self.circuit_config.add_l0:
-            output = self._add_l0(output, has_labels=kwargs.get("labels") is not None)
+            output = self._add_l0(output, args, kwargs)
         return output
 
     def _recomputing_layers(self) -> list[nn.Module]:
@@ -111,11 +113,12 @@ class CircuitModel(nn.Module):
             return {**kwargs, "use_cache": False}
         return kwargs
 
-    def _add_l0(self, output: Any, has_labels: bool) -> Any:
-        if isinstance(output, tuple):
+    def _add_l0(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        is_named = isinstance(output, tuple) and hasattr(output, "_fields")
+        if isinstance(output, tuple) and not is_named:
             # return_dict=False: the loss comes first, if labels were given.
             first = output[0] if output else None
-            if has_labels and isinstance(first, Tensor) and first.dim() == 0:
+            if isinstance(first, Tensor) and first.dim() == 0 and self._gives_labels(args, kwargs):
                 return (first + self._l0_penalty(first), *output[1:])
             return output
         is_dict = isinstance(output, dict)
@@ -123,17 +126,31 @@ class CircuitModel(nn.Module):
         if loss is None:
             return output
         loss = loss + self._l0_penalty(loss)
+        if is_named:
+            return output._replace(loss=loss)
         if is_dict:
             output["loss"] = loss  # a transformers ModelOutput sets its attribute along with the key
         else:
             output.loss = loss
         return output
 
+    def _gives_labels(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call gives the base what it computes a loss from, under transformers' names for it."""
+        given = {**dict(zip(inspect.signature(self.wrapped_model.forward).parameters, args, strict=False)), **kwargs}
+        return any(
+            value is not None and value is not False and ("label" in name or name in _LABEL_NAMES)
+            for name, value in given.items()
+        )
+
     def _l0_penalty(self, loss: Tensor) -> Tensor:
         return (self.circuit_config.l0_lambda * self.l0()).to(loss.device)
 
-    def train(self, mode: bool = True) -> CircuitModel:
-        """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics."""
+    def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
+        """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics.
+
+        ``train_bool`` is NeuroSurgeon's name for ``mode``.
+        """
+        mode = mode if train_bool is None else train_bool
         if not isinstance(mode, bool):
             raise ValueError(f"training mode must be True or False, got {mode!r}")
         self.training = mode
@@ -175,16 +192,26 @@ class CircuitModel(nn.Module):
         """The mask logits: what an optimizer gets."""
         return [param for _, param in self.named_mask_parameters()]
 
-    def use_masks(self, flag: bool, names: str | Iterable[str] | None = None) -> None:
+    def use_masks(
+        self,
+        flag: bool | None = None,
+        names: str | Iterable[str] | None = None,
+        *,
+        value: bool | None = None,
+        name_list: Iterable[str] | None = None,
+    ) -> None:
         """Switch masks on or, for plain dense weights, off.
 
         Args:
             flag: True for masks.
             names: layers as in ``target_layers`` (names, globs, regular expressions); all by default.
+            value, name_list: NeuroSurgeon's keywords for ``flag`` and ``names``.
 
         Raises:
             ValueError: a name that is not a masked layer; nothing is switched.
         """
+        flag = value if flag is None else flag
+        names = name_list if names is None else names
         if not isinstance(flag, bool):
             raise TypeError(f"flag must be True or False, got {flag!r}")
         layers = self.masked_layers if names is None else find_masked(self.wrapped_model, names)

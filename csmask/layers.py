@@ -91,10 +91,15 @@ class MaskedLayer(nn.Module):
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
         per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
-        l0 = functional.l0(self.mask_logits, self.temperature, self.hard, self.mask_scale, per_logit)
+        l0 = functional.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
         if self.bias_mask_logits is not None:
-            l0 = l0 + functional.l0(self.bias_mask_logits, self.temperature, self.hard, self.mask_scale)
+            logits = self._in_use(self.bias_mask_logits)
+            l0 = l0 + functional.l0(logits, self.temperature, self.hard, self.mask_scale)
         return l0
+
+    def _in_use(self, logits: Tensor) -> Tensor:
+        """The logits as forward takes them: a hard mask has no gradient, so evaluation need build no graph."""
+        return logits.detach() if self.hard else logits
 
     @property
     def ops(self) -> Any:
@@ -107,7 +112,7 @@ class MaskedLayer(nn.Module):
         """What every masked operation takes besides its input and geometry."""
         return {
             "weight": self.weight,
-            "mask_logits": self.unit_logits,
+            "mask_logits": self._in_use(self.unit_logits),
             "temperature": self.temperature,
             "bias": self.masked_bias(),
             "hard": self.hard,
@@ -118,8 +123,8 @@ class MaskedLayer(nn.Module):
         """The bias that the layer adds: masked where the layer masks biases."""
         if self.bias is None or self.bias_mask_logits is None:
             return self.bias
-        logits, temperature = self.bias_mask_logits, self.temperature
-        return self.ops.materialize(self.bias, logits, temperature, self.hard, self.mask_scale)[0]
+        logits = self._in_use(self.bias_mask_logits)
+        return self.ops.materialize(self.bias, logits, self.temperature, self.hard, self.mask_scale)[0]
 
     def hard_masked_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias under the hard mask: the numbers that evaluation uses."""

@@ -121,7 +121,7 @@ def _all_layers(model: nn.Module, names: dict[str, nn.Module], linear_only: bool
         kind = maskable_type(type(module))
         if kind is None or id(module) in heads or (linear_only and kind[0] in (nn.Conv1d, nn.Conv2d)):
             continue
-        reason = unmaskable_reason(name, module, names)
+        reason = unmaskable_reason(module, names)
         if reason is None:
             found.append(name)
         else:
@@ -151,13 +151,13 @@ def _heads(model: nn.Module) -> set[int]:
 
 def check_layer(name: str, module: nn.Module, names: dict[str, nn.Module]) -> None:
     """Raise unless the layer of this name can be masked."""
-    reason = unmaskable_reason(name, module, names)
+    reason = unmaskable_reason(module, names)
     if reason is not None:
         error, text = reason
         raise error(f"layer {name!r} cannot be masked: {text}")
 
 
-def unmaskable_reason(name: str, module: nn.Module, names: dict[str, nn.Module]) -> tuple[type[Exception], str] | None:
+def unmaskable_reason(module: nn.Module, names: dict[str, nn.Module]) -> tuple[type[Exception], str] | None:
     """Why a layer cannot be masked, as an error type and its text; None if it can."""
     if isinstance(module, MaskedLayer):
         return ValueError, "it is masked already; unload() the circuit that it belongs to first"
@@ -234,7 +234,7 @@ def disable_fused_encoder_layers(model: nn.Module) -> None:
 def enable_nested_tensors(model: nn.Module) -> None:
     """Undo what ``disable_fused_encoder_layers`` did to the encoders of a model."""
     for encoder in model.modules():
-        if vars(encoder).pop(_NESTED_BEFORE, False):
+        if isinstance(encoder, nn.TransformerEncoder) and vars(encoder).pop(_NESTED_BEFORE, False):
             encoder.use_nested_tensor = True
 
 

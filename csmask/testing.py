@@ -83,7 +83,9 @@ def to_fp64(inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     return {name: None if tensor is None else tensor.double() for name, tensor in inputs.items()}
 
 
-def run(ops: Any, op: str, inputs: Mapping[str, Tensor | None], temperature: float, **options: Any) -> dict[str, Tensor]:
+def run(
+    ops: Any, op: str, inputs: Mapping[str, Tensor | None], temperature: float, **options: Any
+) -> dict[str, Tensor]:
     """Forward and backward of one masked operation, with the gradient of ``l0`` among the gradients.
 
     Args:
@@ -150,6 +152,8 @@ def _largest(tensor: Tensor) -> float:
 def assert_close(got: Mapping[str, Tensor], oracle: Mapping[str, Tensor], plain: Mapping[str, Tensor]) -> None:
     """Raise an ``AssertionError`` that names every tensor over its limit; see ``errors``."""
     # "not <=" rather than ">": a NaN is over every limit.
-    wrong = [f"{n}: error {e:.3e} > {limit:.3e}" for n, (e, limit) in errors(got, oracle, plain).items() if not e <= limit]
+    wrong = [
+        f"{n}: error {e:.3e} > {limit:.3e}" for n, (e, limit) in errors(got, oracle, plain).items() if not e <= limit
+    ]
     if wrong:
         raise AssertionError("; ".join(wrong))
