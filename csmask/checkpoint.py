@@ -82,8 +82,8 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
             stacklevel=3,
         )
     path.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path / content["masks_file"], data)
-    _write_atomically(path / CIRCUIT_FILE, _with_digest(content))
+    write_atomically(path / content["masks_file"], data)
+    write_atomically(path / CIRCUIT_FILE, _with_digest(content))
     for stale in path.glob("masks-*.safetensors"):
         if stale.name != content["masks_file"]:
             stale.unlink()
@@ -151,7 +151,7 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write through a temporary file in the same directory: readers see the old content or the new, never a part."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

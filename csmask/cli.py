@@ -78,14 +78,14 @@ def _back_ends() -> dict[str, str]:
 def demo(
     seed: Annotated[int, typer.Option(help="Seed of masks, batches and controls.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Training steps per mask; the tested number by default.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for figures, masks and numbers.")] = Path("noun-verb-circuit"),
+    output: Annotated[Path, typer.Option(help="Folder for figures, masks and numbers.")] = Path("runs/noun-verb"),
     device: Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
 ) -> None:
     """Find the circuit that tells nouns from verbs in a pretrained MiniLM."""
-    from .demo.noun_verb import run
+    from .demo.noun_verb import run_command
 
-    run(seed=seed, steps=steps, output=output, device=device, resume=resume)
+    raise typer.Exit(run_command(seed=seed, steps=steps, output=output, device=device, resume=resume))
 
 
 def main() -> None:

@@ -109,7 +109,7 @@ def test_doctor_names_a_package_that_is_missing(monkeypatch):
 
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
-    monkeypatch.setattr(noun_verb, "run", lambda **options: calls.append(options))
+    monkeypatch.setattr(noun_verb, "run_command", lambda **options: calls.append(options) or 0)
     result = invoke("demo", "--seed", "3", "--steps", "7", "--output", str(tmp_path), "--device", "cuda", "--resume")
     assert result.exit_code == 0, result.output
     assert calls == [{"seed": 3, "steps": 7, "output": tmp_path, "device": "cuda", "resume": True}]

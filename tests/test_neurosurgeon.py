@@ -116,7 +116,7 @@ def run_script(name: str, unit: str | None, bias: bool = False, library: str = "
         "TARGETS": TARGETS[name],
         "UNIT": unit,
         "BIAS": bias,
-        "LAMBDA": 1e-4 if name == "resnet" else 5e-4,
+        "LAMBDA": 1e-5 if name == "resnet" else 5e-4,
         "EPOCHS": 6,
     }
     exec(compile(script, f"{name} script", "exec"), values)

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..checkpoint import _write_atomically as write_atomically
+from ..checkpoint import write_atomically
 from ..circuit import CircuitModel
 from ..config import CircuitConfig
 from ..evaluate import evaluate_circuit

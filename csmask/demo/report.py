@@ -186,7 +186,7 @@ def accuracy_figure(runs: Sequence[Run], control: Run) -> Figure:
         axes.set_title(f"{title}\nselectivity {value:.2f}", fontsize=11)
         axes.axhline(0.5, color="black", linestyle=":", linewidth=1)
         _tidy(axes)
-    left.text(1.5, 0.505, "chance", fontsize=8, ha="center", va="bottom")  # in the gap between two bars
+    right.text(1.5, 0.505, "chance", fontsize=8, ha="center", va="bottom")  # in the gap between two bars
     left.set(ylim=(0, 1.09), ylabel="accuracy on unseen lemmas")
     figure.supxlabel(
         "bars: mean and standard deviation over mask seeds and random draws; points: every score", fontsize=8

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import _write_atomically as write_atomically
+from ..checkpoint import write_atomically
 from ..circuit import CircuitModel
 from ..schedule import TemperatureSchedule
 from .task import EncodedItem, Head, collate, word_states
