@@ -180,27 +180,23 @@ def unmaskable_reason(module: nn.Module, names: dict[str, nn.Module]) -> tuple[t
 
 
 def swap_in(targets: dict[str, nn.Module], config: CircuitConfig) -> dict[str, MaskedLayer]:
-    """Mask the target layers in place; if one fails, all are as they were."""
+    """Mask the target layers in place; if one fails, the caller undoes all of them with ``swap_out``."""
     hparams = config.mask_hparams
     if hparams["mask_bias"]:
         bare = [name for name, module in targets.items() if module.bias is None]
         if bare:
             warnings.warn(f"mask_bias: no bias to mask in {', '.join(bare)}", stacklevel=3)
     masked: dict[str, MaskedLayer] = {}
-    try:
-        for index, (name, module) in enumerate(targets.items()):
-            masked[name] = mask_layer(
-                module,
-                mask_unit=hparams["mask_unit"],
-                mask_bias=hparams["mask_bias"],
-                mask_init_value=hparams["mask_init_value"],
-                rescale=hparams["rescale"],
-                execution=config.execution,
-                layer_index=index,
-            )
-    except BaseException:
-        swap_out(targets.values())
-        raise
+    for index, (name, module) in enumerate(targets.items()):
+        masked[name] = mask_layer(
+            module,
+            mask_unit=hparams["mask_unit"],
+            mask_bias=hparams["mask_bias"],
+            mask_init_value=hparams["mask_init_value"],
+            rescale=hparams["rescale"],
+            execution=config.execution,
+            layer_index=index,
+        )
     return masked
 
 

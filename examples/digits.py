@@ -10,8 +10,8 @@ the ViT, and over the 3 x 3 convolutions of the ResNet. For each, a table says w
 * random:  the model without as many weights from elsewhere, five times. That the model hardly minds losing these, and
   cannot do without the circuit, is what makes the circuit one.
 
-Run ``python examples/digits.py``; it takes about a minute on a CPU and needs scikit-learn and matplotlib besides csmask.
-What it leaves in ``digits-circuit`` can be loaded with::
+Run ``python examples/digits.py``; it takes about a minute on a CPU and needs scikit-learn and matplotlib besides
+csmask. What it leaves in ``digits-circuit`` can be loaded with::
 
     model = ViTForImageClassification.from_pretrained("digits-circuit/vit/model")
     circuit = CircuitModel.from_pretrained(model, "digits-circuit/vit/masks")

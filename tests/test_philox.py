@@ -122,6 +122,11 @@ def test_bytes_are_uniform():
         assert 255 - 5 * math.sqrt(510) < chi2 < 255 + 5 * math.sqrt(510)
 
 
+def test_no_values_at_all():
+    for draw in (philox.random_words, philox.random_uniform, philox.random_normal):
+        assert draw(0, 1, 2, 3).shape == (0,)
+
+
 def test_seed_stream_and_purpose_each_matter():
     base = philox.random_words(64, 1, 2, 3)
     for other in ((2, 2, 3), (1 + 2**32, 2, 3), (1, 3, 3), (1, 2, 4)):

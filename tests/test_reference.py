@@ -118,6 +118,7 @@ def test_linear_is_the_layer_with_masked_weights(transposed, unit, hard):
     torch.testing.assert_close(out, layer(inputs["x"]), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("name", CONVS)
