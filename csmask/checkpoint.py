@@ -1,8 +1,9 @@
 """Saving, loading and exporting circuits: masks only, in safetensors, written atomically; loading executes nothing.
 
-A saved circuit is two files. ``circuit.json`` holds the config, the temperature, a fingerprint of each masked layer's
-base weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing ``circuit.json``
-is the one step that makes a save take effect, so a save cut short at any point leaves the previous one whole.
+A saved circuit is two files. ``circuit.json`` holds the config, the temperature, a fingerprint of the base with each
+masked layer's base weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing
+``circuit.json`` is the one step that makes a save take effect, so a save cut short at any point leaves the previous
+one whole.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import copy
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +26,7 @@ from . import __version__
 from .config import CircuitConfig
 from .functional import check_temperature
 from .layers import MaskedLayer, mask_shapes, unmask_layer
-from .surgery import enable_fused_encoder_layer, find_targets
+from .surgery import enable_fused_encoder_layer, find_targets, module_names
 
 if TYPE_CHECKING:
     from .circuit import CircuitModel
@@ -39,6 +42,7 @@ _KEYS = {
     "temperature",
     "masks_file",
     "masks_sha256",
+    "rest_sha256",
     "layers",
 }
 
@@ -52,6 +56,18 @@ def fingerprint(layer: Any) -> dict[str, Any]:
             digest.update(data.numpy().data)
     shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
+
+
+def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module]) -> str:
+    """SHA-256 of all of a model's parameters and persistent buffers but those of the layers that are masked."""
+    ids = {id(layer) for layer in masked}
+    prefixes = tuple(f"{name}." if name else "" for name, module in module_names(model).items() if id(module) in ids)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor) and not name.startswith(prefixes):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
@@ -73,6 +89,7 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
         "temperature": circuit.temperature,
         "masks_file": f"masks-{digest[:16]}.safetensors",
         "masks_sha256": digest,
+        "rest_sha256": rest_fingerprint(circuit.wrapped_model, circuit.masked_layers.values()),
         "layers": {name: fingerprint(layer) for name, layer in circuit.masked_layers.items()},
     }
     if not circuit.circuit_config.freeze_base:
@@ -85,7 +102,7 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
     write_atomically(path / content["masks_file"], data)
     write_atomically(path / CIRCUIT_FILE, _with_digest(content))
     for stale in path.glob("masks-*.safetensors"):
-        if stale.name != content["masks_file"]:
+        if re.fullmatch(r"masks-[0-9a-f]{16}\.safetensors", stale.name) and stale.name != content["masks_file"]:
             stale.unlink()
 
 
@@ -99,6 +116,11 @@ def load_circuit(
     temperature = check_temperature(content["temperature"])
     targets = find_targets(model, config.target_layers)
     _check_base_model(targets, content["layers"], check_base)
+    if check_base and rest_fingerprint(model, targets.values()) != content["rest_sha256"]:
+        raise ValueError(
+            "wrong base model: the masked layers are those that the masks were saved over, but other weights of the "
+            "model (a head, embeddings, norms ...) are not; load that base, or pass check_base=False"
+        )
     _check_masks(path, masks, targets, config)
     circuit = cls(config, model)
     with torch.no_grad():
@@ -121,6 +143,11 @@ def export_model(circuit: CircuitModel) -> nn.Module:
     for layer in [m for m in model.modules() if isinstance(m, MaskedLayer)]:
         # The other users of a tied weight go on with the unmasked one: the layer gets a parameter of its own.
         if owners[id(layer.weight)] > 1 and layer is output:
+            if getattr(model.config, "is_encoder_decoder", False):
+                raise NotImplementedError(
+                    "export() of an encoder-decoder with a masked output head that is tied to the embeddings: such "
+                    "models scale by whether they are tied, and reload tied weights from one; untie the head first"
+                )
             model.config.tie_word_embeddings = False
             if layer.bias is not None and owners[id(layer.bias)] > 1:  # BERT ties the head's bias by the same switch
                 layer.bias = nn.Parameter(layer.bias.detach().clone())

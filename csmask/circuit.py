@@ -17,6 +17,7 @@ from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .functional import check_temperature
 from .layers import MaskedLayer
+from .loss import add_to_loss, gives_labels
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers
 from .surgery import (
@@ -26,11 +27,10 @@ from .surgery import (
     find_targets,
     swap_in,
     swap_out,
+    warn_of_bypassed,
 )
 
 _NOT_YET = ("per_step", "in_kernel")
-# Arguments beside "labels", "next_sentence_label" ... that make a transformers model compute a loss.
-_LABEL_NAMES = ("start_positions", "end_positions", "return_loss")
 
 
 class CircuitModel(nn.Module):
@@ -69,11 +69,16 @@ class CircuitModel(nn.Module):
                 f'execution {config.execution!r} is not in this version; use "auto", "per_forward" or "reference"'
             )
         targets = find_targets(model, config.target_layers)
+        if any(isinstance(module, MaskedLayer) for module in model.modules()):
+            raise ValueError(
+                "the model belongs to another circuit: unload() that one, or name all layers in one config"
+            )
         self.circuit_config = config
         self.base_requires_grad = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
         self.base_training = {n: m.training for n, m in model.named_modules()}
         base_parameters = list(model.parameters())
         self.wrapped_model = model
+        self._bypass_checked = False
         try:
             self.masked_layers = swap_in(targets, config)
             if config.freeze_base:
@@ -95,12 +100,20 @@ class CircuitModel(nn.Module):
         if layers:
             kwargs = self._without_cache(kwargs)
             with checkpoint_frozen_layers(layers):
-                output = self.wrapped_model(*args, **kwargs)
+                output = self._run_base(*args, **kwargs)
         else:
-            output = self.wrapped_model(*args, **kwargs)
+            output = self._run_base(*args, **kwargs)
         if self.training and self.circuit_config.add_l0:
-            output = self._add_l0(output, args, kwargs)
+            labels = gives_labels(self.wrapped_model, args, kwargs)
+            output = add_to_loss(output, self._l0_penalty, labels)
         return output
+
+    def _run_base(self, *args: Any, **kwargs: Any) -> Any:
+        if self._bypass_checked or torch.compiler.is_compiling():
+            return self.wrapped_model(*args, **kwargs)
+        self._bypass_checked = True
+        with warn_of_bypassed(self.wrapped_model, self.masked_layers):
+            return self.wrapped_model(*args, **kwargs)
 
     def _recomputing_layers(self) -> list[nn.Module]:
         if not (self.training and self.circuit_config.freeze_base):
@@ -113,37 +126,8 @@ class CircuitModel(nn.Module):
             return {**kwargs, "use_cache": False}
         return kwargs
 
-    def _add_l0(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        is_named = isinstance(output, tuple) and hasattr(output, "_fields")
-        if isinstance(output, tuple) and not is_named:
-            # return_dict=False: the loss comes first, if labels were given.
-            first = output[0] if output else None
-            if isinstance(first, Tensor) and first.dim() == 0 and self._gives_labels(args, kwargs):
-                return (first + self._l0_penalty(first), *output[1:])
-            return output
-        is_dict = isinstance(output, dict)
-        loss = output.get("loss") if is_dict else getattr(output, "loss", None)
-        if loss is None:
-            return output
-        loss = loss + self._l0_penalty(loss)
-        if is_named:
-            return output._replace(loss=loss)
-        if is_dict:
-            output["loss"] = loss  # a transformers ModelOutput sets its attribute along with the key
-        else:
-            output.loss = loss
-        return output
-
-    def _gives_labels(self, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call gives the base what it computes a loss from, under transformers' names for it."""
-        given = {**dict(zip(inspect.signature(self.wrapped_model.forward).parameters, args, strict=False)), **kwargs}
-        return any(
-            value is not None and value is not False and ("label" in name or name in _LABEL_NAMES)
-            for name, value in given.items()
-        )
-
-    def _l0_penalty(self, loss: Tensor) -> Tensor:
-        return (self.circuit_config.l0_lambda * self.l0()).to(loss.device)
+    def _l0_penalty(self) -> Tensor:
+        return self.circuit_config.l0_lambda * self.l0()
 
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
         """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics.
@@ -252,6 +236,7 @@ class CircuitModel(nn.Module):
         Raises:
             ValueError: a layer whose logits hold NaN.
         """
+        _ = self._first_layer  # raises after unload()
         self.check_logits()
         kept = {name: layer.kept() for name, layer in self.masked_layers.items()}
         maskable = {name: layer.maskable for name, layer in self.masked_layers.items()}
@@ -377,7 +362,12 @@ class CircuitModel(nn.Module):
     def export(self) -> nn.Module:
         """A copy of the base model as a plain model: the hard mask is written into its weights.
 
-        Its outputs equal the hard-masked circuit's exactly. A tied weight that is masked becomes one of its own.
+        Its outputs equal the hard-masked circuit's exactly, with all masks on, whatever ``use_masks`` says. A tied
+        weight that is masked becomes one of its own.
+
+        Raises:
+            ValueError: the logits hold NaN.
+            NotImplementedError: the tied output head of an encoder-decoder is masked, which such a model cannot hold.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)
@@ -385,8 +375,9 @@ class CircuitModel(nn.Module):
 
     def unload(self) -> nn.Module:
         """Take the masks off, in place, and return the base model as it was before; the circuit is spent."""
-        self._restore_base(self.masked_layers.values())
-        self.masked_layers = {}
+        if self.masked_layers:
+            self._restore_base(self.masked_layers.values())
+            self.masked_layers = {}
         return self.wrapped_model
 
     def _restore_base(self, layers: Iterable[nn.Module]) -> None:

@@ -22,8 +22,11 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_temperature(temperature: float) -> float:
     """The temperature as a float, if it is a positive finite number."""
     value = float(temperature)
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"temperature must be a positive finite number (it multiplies the logits), got {value}")
+    fp32 = torch.finfo(torch.float32)
+    if not fp32.tiny <= value <= fp32.max:
+        raise ValueError(
+            f"temperature must be a positive finite number (it multiplies the logits) in fp32's range, got {value}"
+        )
     return value
 
 

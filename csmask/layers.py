@@ -48,8 +48,12 @@ class MaskedLayer(nn.Module):
 
     @property
     def hard(self) -> bool:
-        """Whether the mask now in use is the hard one: in evaluation, or while the logits are not trained."""
-        return not (self.training and self.mask_logits.requires_grad)
+        """Whether the weight mask now in use is the hard one: in evaluation, or while its logits are not trained."""
+        return self.is_hard(self.mask_logits)
+
+    def is_hard(self, logits: Tensor) -> bool:
+        """Whether the mask that these logits give is the hard one; weight and bias logits can be frozen apart."""
+        return not (self.training and logits.requires_grad)
 
     @property
     def circuit(self) -> Tensor:
@@ -93,13 +97,13 @@ class MaskedLayer(nn.Module):
         per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
         l0 = functional.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
         if self.bias_mask_logits is not None:
-            logits = self._in_use(self.bias_mask_logits)
-            l0 = l0 + functional.l0(logits, self.temperature, self.hard, self.mask_scale)
+            logits, hard = self._in_use(self.bias_mask_logits), self.is_hard(self.bias_mask_logits)
+            l0 = l0 + functional.l0(logits, self.temperature, hard, self.mask_scale)
         return l0
 
     def _in_use(self, logits: Tensor) -> Tensor:
         """The logits as forward takes them: a hard mask has no gradient, so evaluation need build no graph."""
-        return logits.detach() if self.hard else logits
+        return logits.detach() if self.is_hard(logits) else logits
 
     @property
     def ops(self) -> Any:
@@ -112,7 +116,7 @@ class MaskedLayer(nn.Module):
         """What every masked operation takes besides its input and geometry."""
         return {
             "weight": self.weight,
-            "mask_logits": self._in_use(self.unit_logits),
+            "mask_logits": self._broadcast(self._in_use(self.mask_logits)),
             "temperature": self.temperature,
             "bias": self.masked_bias(),
             "hard": self.hard,
@@ -123,8 +127,8 @@ class MaskedLayer(nn.Module):
         """The bias that the layer adds: masked where the layer masks biases."""
         if self.bias is None or self.bias_mask_logits is None:
             return self.bias
-        logits = self._in_use(self.bias_mask_logits)
-        return self.ops.materialize(self.bias, logits, self.temperature, self.hard, self.mask_scale)[0]
+        logits, hard = self._in_use(self.bias_mask_logits), self.is_hard(self.bias_mask_logits)
+        return self.ops.materialize(self.bias, logits, self.temperature, hard, self.mask_scale)[0]
 
     def hard_masked_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias under the hard mask: the numbers that evaluation uses."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -243,3 +244,33 @@ def enable_fused_encoder_layer(layer: nn.Module) -> None:
 
 def _do_nothing(_module: nn.Module, _args: tuple) -> None:
     return None
+
+
+@contextlib.contextmanager
+def warn_of_bypassed(model: nn.Module, layers: dict[str, MaskedLayer]) -> Iterator[None]:
+    """Warn at the end of the ``with`` block of masked layers that were not called though what holds them was.
+
+    Some modules use the weight of a layer without calling it (a fused attention or scan): a mask has no effect there.
+    A layer whose holder did not run either, such as an idle expert, is not named.
+    """
+    called: set[int] = set()
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) if name else None for name in layers}
+
+    def note(module: nn.Module, _args: tuple) -> None:
+        called.add(id(module))
+
+    watched = {id(m): m for m in (*layers.values(), *holders.values()) if m is not None}
+    handles = [module.register_forward_pre_hook(note) for module in watched.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    bypassed = [n for n, layer in layers.items() if id(holders[n]) in called and id(layer) not in called]
+    if bypassed:
+        warnings.warn(
+            f"masked but not called in the first forward: {', '.join(bypassed)}. Either this input does not need them, "
+            "or the module that holds them reads their weights itself, and then their masks have no effect: leave "
+            "them out of target_layers",
+            stacklevel=4,
+        )

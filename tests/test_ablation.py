@@ -353,6 +353,11 @@ def test_a_draw_is_kept_until_mode_seed_or_circuit_changes(monkeypatch):
     circuit.set_ablate_mode("none")
     circuit.set_ablate_mode("randomly_sampled")  # the seed is kept
     assert drawn(circuit) == first
+    layer = circuit.masked_layers["linear"]  # also where a script sets a layer's mode and seed itself
+    layer.ablation = "uniform_sampled"
+    assert drawn(circuit) == other
+    layer.ablation, layer.ablation_seed = "randomly_sampled", 2
+    assert drawn(circuit) == second
 
 
 def _by_data(param):
@@ -475,6 +480,14 @@ def test_sample_is_what_its_definition_says():
         want = sample_in_integers(eligible.flatten().tolist(), n, 9, 3, 1)
         assert got.flatten().nonzero().flatten().tolist() == [i for _, i in want]
         assert got.shape == eligible.shape
+
+
+def test_all_31_bits_of_a_key_count():
+    # among 2000 keys of fewer than about 20 bits some would be equal, and then go by index
+    eligible = torch.ones(2000, dtype=torch.bool)
+    for n in range(50, 2000, 150):
+        got = ablation.sample_entries(eligible, n, 1, 0, 0)
+        assert got.nonzero().flatten().tolist() == [i for _, i in sample_in_integers([True] * 2000, n, 1, 0, 0)]
 
 
 def test_equal_keys_still_give_exactly_n(monkeypatch):

@@ -588,6 +588,9 @@ def test_export_with_a_tied_head(name, mask_bias, tmp_path):
         exported.save_pretrained(tmp_path)
         loaded = type(exported).from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(**ids).logits, want)
+        assert not loaded.config.tie_word_embeddings
+        loaded.tie_weights()  # as resizing or a Trainer may do at any time
+        assert torch.equal(loaded(**ids).logits, want)
         assert base.config.tie_word_embeddings  # the circuit's own base is as it was
         circuit.unload()
         assert torch.equal(base(**ids).logits, full)

@@ -1,0 +1,58 @@
+"""Adding the l0 term to the loss in whatever a model's forward returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+# Arguments beside "labels", "next_sentence_label" ... that make a transformers model compute a loss.
+_LABEL_NAMES = ("start_positions", "end_positions", "return_loss")
+
+
+def add_to_loss(output: Any, penalty: Callable[[], Tensor], has_labels: bool) -> Any:
+    """``output`` with ``penalty()`` added to its loss, if it has one.
+
+    Args:
+        output: a transformers ``ModelOutput``, a dict, a named tuple or an object with a ``loss``; or a plain tuple
+            (``return_dict=False``), whose first element is the loss if labels were given.
+        penalty: 0-d, called only if there is a loss.
+        has_labels: whether labels were given.
+
+    Raises:
+        ValueError: a loss that is not one number, to whose elements the term would be added over and over.
+    """
+    if isinstance(output, tuple) and not hasattr(output, "_fields"):
+        first = output[0] if output else None
+        if has_labels and isinstance(first, Tensor) and first.dim() == 0:
+            return (first + penalty().to(first.device), *output[1:])
+        return output
+    is_dict = isinstance(output, dict)
+    loss = output.get("loss") if is_dict else getattr(output, "loss", None)
+    if loss is None:
+        return output
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"the model's loss must be one number (a 0-d tensor) for the l0 term to be added, got {what}; "
+            "reduce it, or set add_l0=False and add circuit.l0() yourself"
+        )
+    loss = loss + penalty().to(loss.device)
+    if isinstance(output, tuple):
+        return output._replace(loss=loss)  # type: ignore[attr-defined]
+    if is_dict:
+        output["loss"] = loss  # a ModelOutput sets its attribute along with the key
+    else:
+        output.loss = loss
+    return output
+
+
+def gives_labels(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call gives the model what it computes a loss from, under transformers' names for it."""
+    given = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+    return any(
+        value is not None and value is not False and ("label" in name or name in _LABEL_NAMES)
+        for name, value in given.items()
+    )
