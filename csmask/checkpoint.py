@@ -58,7 +58,7 @@ def fingerprint(layer: Any) -> dict[str, Any]:
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
 
-def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module]) -> str:
+def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
     """SHA-256 of all of a model's parameters and persistent buffers but those of the layers that are masked."""
     ids = {id(layer) for layer in masked}
     prefixes = tuple(f"{name}." if name else "" for name, module in module_names(model).items() if id(module) in ids)

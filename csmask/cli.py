@@ -81,11 +81,16 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for figures, masks and numbers.")] = Path("runs/noun-verb"),
     device: Annotated[str, typer.Option(help='Torch device, such as "cpu" or "cuda".')] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    mask_seeds: Annotated[int, typer.Option(help="How many masks to train.")] = 3,
+    control_head: Annotated[
+        str, typer.Option(help='Head of the shuffled control: "same" as MiniLM\'s, or "refit" on the shuffled model.')
+    ] = "same",
 ) -> None:
     """Find the circuit that tells nouns from verbs in a pretrained MiniLM."""
     from .demo.noun_verb import run_command
 
-    raise typer.Exit(run_command(seed=seed, steps=steps, output=output, device=device, resume=resume))
+    options = {"seed": seed, "steps": steps, "output": output, "device": device, "resume": resume}
+    raise typer.Exit(run_command(**options, mask_seeds=mask_seeds, control_head=control_head))
 
 
 def main() -> None:

@@ -170,10 +170,13 @@ class MaskedLayer(nn.Module):
         # The circuit is compared by content: no way of changing the logits can leave an old draw in use.
         if cached is None or cached[0] != key or not torch.equal(cached[1], circuit):
             stream = 2 * self.layer_index + (which == "bias")
-            kept = ablation.kept_entries(self.ablation, circuit, self.ablation_seed, stream)
-            values = None
-            if self.ablation == "random_ablate":
-                values = ablation.random_values(param.detach(), self.fan_in, self.ablation_seed, stream)
+            # Draws outlive this forward: made under inference_mode, they would fail in a later one with gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                circuit = circuit.clone()
+                kept = ablation.kept_entries(self.ablation, circuit, self.ablation_seed, stream)
+                values = None
+                if self.ablation == "random_ablate":
+                    values = ablation.random_values(param.detach(), self.fan_in, self.ablation_seed, stream)
             cached = self._ablation_cache[which] = (key, circuit, kept, values)
         kept = self._broadcast(cached[2]) if which == "weight" else cached[2]
         replacement = torch.zeros_like(param) if cached[3] is None else cached[3]

@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from csmask import CircuitConfig, CircuitModel, ablation, testing
 from csmask.config import ABLATION_MODES
 
+# the zoo runs one layer at a time
+pytestmark = pytest.mark.filterwarnings("ignore:masked but not called in the first forward")
 SAMPLED = ("randomly_sampled", "complement_sampled", "uniform_sampled")
 LAYERS = ("linear", "gpt2", "conv1d", "conv2d")
 UNITS = ("weight", "neuron")

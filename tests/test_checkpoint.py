@@ -681,3 +681,40 @@ def test_unload_restores_the_base(tiny, training):
     again = build(tiny, model=model)  # and it can be masked again
     again.unload()
     assert_same_snapshot(before, snapshot(model))
+
+
+def test_another_head_is_a_wrong_base(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    circuit = CircuitModel(CircuitConfig(target_layers="0"), model)
+    circuit.save_pretrained(tmp_path)
+    base = circuit.unload()
+    assert CircuitModel.from_pretrained(base, tmp_path).unload() is base
+    with torch.no_grad():
+        base[2].weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"wrong base model: .*other weights"):
+        CircuitModel.from_pretrained(base, tmp_path)
+    assert type(base[0]) is torch.nn.Linear
+    CircuitModel.from_pretrained(base, tmp_path, check_base=False).unload()
+
+
+def test_saving_removes_only_masks_that_csmask_named(tmp_path):
+    circuit = CircuitModel(CircuitConfig(target_layers="0"), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    (tmp_path / "masks-mine.safetensors").write_bytes(b"mine")
+    circuit.save_pretrained(tmp_path)
+    with torch.no_grad():
+        circuit.mask_parameters()[0].add_(1)
+    circuit.save_pretrained(tmp_path)
+    assert (tmp_path / "masks-mine.safetensors").read_bytes() == b"mine"
+    assert len(list(tmp_path.glob("masks-*.safetensors"))) == 2
+
+
+def test_a_tied_masked_head_of_an_encoder_decoder_is_not_exported():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, tie_word_embeddings=True)
+    model = T5ForConditionalGeneration(config)
+    assert model.lm_head.weight is model.shared.weight
+    circuit = CircuitModel(CircuitConfig(target_layers="lm_head"), model)
+    with pytest.raises(NotImplementedError, match="encoder-decoder"):
+        circuit.export()
+    circuit.unload()

@@ -109,10 +109,11 @@ def test_doctor_names_a_package_that_is_missing(monkeypatch):
 
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
+    masks = {"mask_seeds": noun_verb.MASK_SEEDS, "control_head": "same"}
     monkeypatch.setattr(noun_verb, "run_command", lambda **options: calls.append(options) or 0)
     result = invoke("demo", "--seed", "3", "--steps", "7", "--output", str(tmp_path), "--device", "cuda", "--resume")
     assert result.exit_code == 0, result.output
-    assert calls == [{"seed": 3, "steps": 7, "output": tmp_path, "device": "cuda", "resume": True}]
+    assert calls == [{"seed": 3, "steps": 7, "output": tmp_path, "device": "cuda", "resume": True, **masks}]
     assert invoke("demo").exit_code == 0
     assert calls[1] == {
         "seed": 0,
@@ -120,6 +121,7 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
         "output": Path(noun_verb.DEFAULT_OUTPUT),
         "device": "cpu",
         "resume": False,
+        **masks,
     }
 
 

@@ -22,7 +22,7 @@ LEVELS = [
     {"config", "philox", "reference"},
     {"_ops", "ablation"},  # ablation lies below layers, whose forward uses it
     {"functional"},
-    {"layers", "schedule", "testing", "recompute"},
+    {"layers", "schedule", "testing", "recompute", "loss"},
     {"surgery"},
     {"checkpoint"},
     {"circuit"},

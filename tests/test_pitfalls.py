@@ -562,3 +562,75 @@ def test_20_a_name_that_has_moved_is_answered_with_the_near_ones(name, old, now)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         CircuitModel(CircuitConfig(target_layers=near), model)
+
+
+class _ReadsWeights(torch.nn.Module):
+    """Uses the weight of ``inner`` without calling it, as fused attention and scan modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.idle = torch.nn.Sequential(torch.nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.outer(x @ self.inner.weight.t())
+
+
+def test_a_layer_whose_weight_is_read_without_calling_it_is_named_once():
+    model = torch.nn.Sequential(_ReadsWeights())
+    circuit = CircuitModel(CircuitConfig(target_layers="all-linear"), model)
+    with pytest.warns(UserWarning, match=r"first forward: 0\.inner\. ") as caught:
+        circuit(torch.randn(2, 4))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        circuit(torch.randn(2, 4))
+
+
+def test_a_second_circuit_on_one_base_is_refused_and_the_first_goes_on_training():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    first = CircuitModel(CircuitConfig(target_layers="0"), model)
+    with pytest.raises(ValueError, match="belongs to another circuit"):
+        CircuitModel(CircuitConfig(target_layers="1"), model)
+    assert first.masked_layers["0"].mask_logits.requires_grad
+    assert not first.masked_layers["0"].hard
+
+
+def test_weight_and_bias_logits_are_hard_or_soft_each_by_itself():
+    config = CircuitConfig(target_layers="0", mask_hparams={"mask_bias": True, "mask_init_value": -1.0})
+    circuit = CircuitModel(config, torch.nn.Sequential(torch.nn.Linear(4, 3)))
+    layer = circuit.masked_layers["0"]
+    layer.bias_mask_logits.requires_grad_(False)
+    torch.testing.assert_close(layer.masked_bias(), torch.zeros(3), rtol=0, atol=0)
+    soft = torch.sigmoid(torch.tensor(-1.0))
+    torch.testing.assert_close(circuit(torch.eye(4)), (layer.weight * soft).t(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(circuit.l0(), 12 * soft)
+    layer.bias_mask_logits.requires_grad_(True)
+    layer.mask_logits.requires_grad_(False)
+    circuit(torch.eye(4)).sum().backward()
+    assert bool((layer.bias_mask_logits.grad != 0).all())
+
+
+def test_a_draw_made_under_inference_mode_serves_a_forward_with_gradients():
+    config = CircuitConfig(target_layers="0", freeze_base=False, mask_hparams={"mask_init_value": -1.0})
+    circuit = CircuitModel(config, torch.nn.Sequential(torch.nn.Linear(4, 3))).eval()
+    circuit.set_ablate_mode("random_ablate")
+    with torch.inference_mode():
+        expected = circuit(torch.eye(4)).clone()
+    out = circuit(torch.eye(4))
+    out.sum().backward()
+    assert torch.equal(out.detach(), expected)
+
+
+def test_a_loss_of_several_numbers_is_an_error():
+    class Unreduced(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 1)
+
+        def forward(self, x):
+            return {"loss": self.linear(x).squeeze(-1)}
+
+    circuit = CircuitModel(CircuitConfig(target_layers="linear"), Unreduced())
+    with pytest.raises(ValueError, match=r"one number .*got shape \(3,\)"):
+        circuit(torch.randn(3, 4))

@@ -10,7 +10,7 @@
 
 What the control can say: with MiniLM's head, shuffled weights are near chance before any mask, so an accurate circuit
 over them is one that the mask made. It does not bound selectivity. A head refitted on the shuffled model
-(``control_head="refit"``) reads real embeddings through random layers and gets .80 to .82 right, and removing the circuit
+(``control_head="refit"``) reads real embeddings through random layers and gets .80 to .82 right; removing the circuit
 of *that* model costs .28 to .36 more than removing random weights (mask seeds 0 to 2), nearly all that it had.
 Selectivity says that a model's ability rests on these weights, not that pretraining put it there.
 """
@@ -32,10 +32,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..checkpoint import write_atomically
+from ..checkpoint import rest_fingerprint, write_atomically
 from ..circuit import CircuitModel
 from ..config import CircuitConfig
 from ..evaluate import evaluate_circuit
+from ..philox import check_seed
 from . import report
 from .task import (
     Batch,
@@ -106,7 +107,7 @@ def find_circuit(
         l0_lambda=settings.l0_lambda,
         l0_reduction="mean",
     )
-    data = digest(task.train, task.test, f"{task.head.bias.item():.3f}")
+    data = digest(task.train, task.test, task.head.weight.tolist(), task.head.bias.item(), rest_fingerprint(task.model))
     circuit = CircuitModel(config, task.model)
     try:
         training = MaskTraining(circuit, task.head, task.train, settings, state, data)
@@ -229,9 +230,10 @@ def run(
         KeyboardInterrupt: Ctrl-C; what is done is kept, and ``resume=True`` goes on.
     """
     started = time.perf_counter()
-    _check_options(device, mask_seeds, control_head)
+    _check_options(device, mask_seeds, control_head, seed)
     settings = Settings(seed=seed) if steps is None else Settings(seed=seed, steps=steps)
     output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
     task = prepare(device) if task is None else task
     try:
         runs, control = find_circuits(
@@ -256,7 +258,10 @@ def run(
     return numbers
 
 
-def _check_options(device: str, mask_seeds: int, control_head: str) -> None:
+def _check_options(device: str, mask_seeds: int, control_head: str, seed: int) -> None:
+    check_seed(seed)
+    if seed + mask_seeds > 2**63:
+        raise ValueError(f"seed must be below 2**63 - {mask_seeds}, got {seed}")
     if mask_seeds < 1:
         raise ValueError(f"mask_seeds must be at least 1, got {mask_seeds}")
     if control_head not in CONTROL_HEADS:
@@ -293,7 +298,7 @@ def run_command(**options: Any) -> int:
     """``run`` as a command: errors as one line; returns the exit status, 0, 1 for an error or 130 for Ctrl-C."""
     try:
         run(**options)
-    except (WordNetNotFoundError, ImportError, ValueError) as error:
+    except (WordNetNotFoundError, ImportError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
