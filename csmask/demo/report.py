@@ -107,7 +107,7 @@ def verdict(runs: Sequence[Run], control: Run) -> str:
     if circuit.met and shuffled.met:
         text = (
             f"found a circuit. Removing it costs at least {circuit.value:.2f} accuracy more than removing as many\n"
-            f"random weights; over shuffled weights, where there is nothing to find, {shuffled.value:.2f} more."
+            f"random weights; over shuffled weights, read by the same head, {shuffled.value:.2f} more."
         )
     elif not circuit.met:
         text = (
@@ -116,7 +116,7 @@ def verdict(runs: Sequence[Run], control: Run) -> str:
         )
     else:
         text = (
-            f"not conclusive. Over shuffled weights, where there is nothing to find, it is {shuffled.value:.2f},\n"
+            f"not conclusive. Over shuffled weights it is {shuffled.value:.2f},\n"
             f"not below {MIN_SELECTIVITY:.2f}: it does not tell a circuit found from one learned."
         )
     lines.append(f"Verdict, from selectivity: {text}")
