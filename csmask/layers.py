@@ -386,16 +386,8 @@ def unmask_layer(module: Any) -> nn.Module:
     return module
 
 
-_OWN_ATTRIBUTES = (
-    "mask_unit",
-    "mask_scale",
-    "execution",
-    "layer_index",
-    "use_masks",
-    "ablation",
-    "ablation_seed",
-    "_ablation_cache",
-)
+_SETTINGS = ("mask_unit", "mask_scale", "execution", "layer_index")
+_OWN_ATTRIBUTES = (*_SETTINGS, "use_masks", "ablation", "ablation_seed", "_ablation_cache")
 
 
 def taken_attribute(module: nn.Module) -> str | None:
