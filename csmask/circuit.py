@@ -111,9 +111,10 @@ class CircuitModel(nn.Module):
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypass_checked or torch.compiler.is_compiling():
             return self.wrapped_model(*args, **kwargs)
-        self._bypass_checked = True
         with warn_of_bypassed(self.wrapped_model, self.masked_layers):
-            return self.wrapped_model(*args, **kwargs)
+            output = self.wrapped_model(*args, **kwargs)
+        self._bypass_checked = True
+        return output
 
     def _recomputing_layers(self) -> list[nn.Module]:
         if not (self.training and self.circuit_config.freeze_base):
@@ -307,7 +308,7 @@ class CircuitModel(nn.Module):
         if seed is None:
             seed = self._first_layer.ablation_seed + bool(force_resample)
         check_seed(seed)
-        if mode != "none" and any(not layer.hard for layer in self.masked_layers.values()):
+        if mode != "none" and any(not layer.all_hard for layer in self.masked_layers.values()):
             raise ValueError(f"ablation {mode!r} needs hard masks, but the masks are in training: call .eval() first")
         if mode in COMPLEMENT_MODES:
             for name, layer in self.masked_layers.items():

@@ -56,6 +56,11 @@ class MaskedLayer(nn.Module):
         return not (self.training and logits.requires_grad)
 
     @property
+    def all_hard(self) -> bool:
+        """Whether no mask of this layer, weight or bias, is soft: what an ablation needs."""
+        return self.hard and (self.bias_mask_logits is None or self.is_hard(self.bias_mask_logits))
+
+    @property
     def circuit(self) -> Tensor:
         """Boolean ``S > 0``, shape of ``mask_logits``."""
         return self.mask_logits.detach() > 0
@@ -143,7 +148,7 @@ class MaskedLayer(nn.Module):
             return super().forward(input)
         if self.ablation == "none":
             return self._masked_forward(input)
-        if not self.hard:
+        if not self.all_hard:
             raise ValueError(
                 f"ablation {self.ablation!r} needs hard masks, but the masks are in training: call .eval() first, "
                 "or set_ablate_mode('none')"
@@ -179,8 +184,7 @@ class MaskedLayer(nn.Module):
                     values = ablation.random_values(param.detach(), self.fan_in, self.ablation_seed, stream)
             cached = self._ablation_cache[which] = (key, circuit, kept, values)
         kept = self._broadcast(cached[2]) if which == "weight" else cached[2]
-        replacement = torch.zeros_like(param) if cached[3] is None else cached[3]
-        return torch.where(kept, param, replacement)
+        return torch.where(kept, param, torch.zeros_like(param) if cached[3] is None else cached[3])
 
     @property
     def fan_in(self) -> int | None:

@@ -643,7 +643,9 @@ def test_few_steps_on_minilm(tmp_path, capsys):
     assert sum(layer["weights"] for layer in found["layers"].values()) == 5_308_416
     assert found["evaluation"]["full"]["mean"] > 0.94
     assert found["evaluation"]["circuit"]["mean"] > 0.85
-    # Too few to find the final circuit (.ci/run checks the whole run), enough to shrink the mask from everything.
+    assert found["evaluation"]["ablated"]["mean"] < 0.75
+    assert found["evaluation"]["random"]["mean"] > 0.85
+    assert found["evaluation"]["selectivity"] > control["evaluation"]["selectivity"]
     assert 0 < found["evaluation"]["circuit"]["kept"] < 0.4
     assert control["evaluation"]["full"]["mean"] < 0.6
     for name in ("accuracy", "kept", "training"):

@@ -607,6 +607,8 @@ def test_weight_and_bias_logits_are_hard_or_soft_each_by_itself():
     torch.testing.assert_close(circuit.l0(), 12 * soft)
     layer.bias_mask_logits.requires_grad_(True)
     layer.mask_logits.requires_grad_(False)
+    with pytest.raises(ValueError, match="masks are in training"):
+        circuit.set_ablate_mode("zero_ablate")
     circuit(torch.eye(4)).sum().backward()
     assert bool((layer.bias_mask_logits.grad != 0).all())
 
