@@ -1,0 +1,54 @@
+"""The mask itself, as device functions that every kernel shares. Arithmetic is fp32; ``T`` multiplies the logits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# |T * S| under which a soft mask still counts as undecided; ``csmask.reference`` has the same number.
+UNDECIDED_BOUND = tl.constexpr(4.0)
+
+
+@triton.jit
+def load_temperature(t_ptr):
+    """``T`` as an fp32 scalar. It comes as a 0-d tensor of any float dtype, so that annealing compiles nothing anew."""
+    return tl.load(t_ptr).to(tl.float32)
+
+
+@triton.jit
+def soft_mask(logits, temperature):
+    """``sigmoid(T * S)`` in fp32, from ``e = exp(-|T * S|)``, which cannot overflow; NaN stays NaN."""
+    z = logits.to(tl.float32) * temperature
+    e = tl.exp(-tl.abs(z))
+    kept = 1.0 / (1.0 + e)
+    return tl.where(z >= 0, kept, e * kept)
+
+
+@triton.jit
+def soft_mask_derivative(logits, temperature):
+    """``dm/dS = T * e / (1 + e)**2`` in fp32 with ``e = exp(-|T * S|)``; ``m * (1 - m)`` is 0 from ``T * S = 17``."""
+    e = tl.exp(-tl.abs(logits.to(tl.float32) * temperature))
+    kept = 1.0 / (1.0 + e)
+    return temperature * e * kept * kept
+
+
+@triton.jit
+def mask_value(logits, temperature, scale, HARD: tl.constexpr, SCALED: tl.constexpr):
+    """The mask in fp32: soft, or 1 where ``S > 0`` (0 and NaN are pruned); times ``scale`` where SCALED."""
+    if HARD:
+        mask = tl.where(logits > 0, 1.0, 0.0)
+    else:
+        mask = soft_mask(logits, temperature)
+    if SCALED:
+        mask = mask * scale
+    return mask
+
+
+@triton.jit
+def apply_mask(weight, mask, HARD: tl.constexpr):
+    """``W * m`` in fp32. A hard mask selects, so that a pruned weight is +0 even where it is inf or NaN."""
+    weight = weight.to(tl.float32)
+    if HARD:
+        # A mask that is 0 prunes; any other is the scale (1 leaves the weight's bits as they are).
+        return tl.where(mask == 0.0, 0.0, weight * mask)
+    return weight * mask

@@ -1,0 +1,131 @@
+"""``materialize``: the masked weight ``W * m``, the sum of the mask and, on request, two counts, in one pass.
+
+``mask_sums`` is the same kernel without a weight: it reads the logits alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ElementwiseConfig, Launch, Target, check_supported, get_config, run, target_of, tile
+from .mask import UNDECIDED_BOUND, apply_mask, load_temperature, mask_value
+
+DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=8)
+
+
+@triton.jit
+def _materialize_kernel(
+    w_ptr, s_ptr, out_ptr, t_ptr, l0_ptr, kept_ptr, undecided_ptr, scale, rows, columns,
+    stride_outb, stride_outr, stride_outc, stride_wb, stride_wr, stride_wc, stride_sb, stride_sr, stride_sc,
+    HAS_WEIGHT: tl.constexpr, HARD: tl.constexpr, SCALED: tl.constexpr, COUNTS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """``out = W * m``; program ``pid`` makes one tile and writes its sums to slot ``pid`` of the partials.
+
+    Bytes per weight: logits and weight read once, the masked weight written once; 4 to 12 bytes per tile of partials.
+    """
+    pid = tl.program_id(0)
+    tiles_c = tl.cdiv(columns, BLOCK_C)
+    tiles_r = tl.cdiv(rows, BLOCK_R)
+    offs_r = ((pid // tiles_c) % tiles_r).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    offs_c = (pid % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    outer = (pid // (tiles_c * tiles_r)).to(tl.int64)
+    inside = (offs_r < rows) & (offs_c < columns)
+
+    temperature = load_temperature(t_ptr)
+    s = tl.load(s_ptr + outer * stride_sb + offs_r * stride_sr + offs_c * stride_sc, mask=inside, other=0.0)
+    mask = mask_value(s, temperature, scale, HARD, SCALED)
+    # Where the tile hangs over, the logit 0 has a soft mask of 1/2: it must not count.
+    tl.store(l0_ptr + pid, tl.sum(tl.where(inside, mask, 0.0)))
+    if COUNTS:
+        tl.store(kept_ptr + pid, tl.sum((inside & (s > 0)).to(tl.int32)))
+        undecided = inside & (tl.abs(s.to(tl.float32) * temperature) < UNDECIDED_BOUND)
+        tl.store(undecided_ptr + pid, tl.sum(undecided.to(tl.int32)))
+    if HAS_WEIGHT:
+        w = tl.load(w_ptr + outer * stride_wb + offs_r * stride_wr + offs_c * stride_wc, mask=inside, other=0.0)
+        wm = apply_mask(w, mask, HARD)
+        out = out_ptr + outer * stride_outb + offs_r * stride_outr + offs_c * stride_outc
+        tl.store(out, wm.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def plan(
+    weight: Tensor | None,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    out: Tensor | None,
+    counts: bool,
+    target: Target,
+    config: ElementwiseConfig | None = None,
+) -> tuple[Launch, Tensor, Tensor]:
+    """The launch, the l0 partials ``(programs,)`` fp32 and the counts' partials ``(2, programs)`` int32.
+
+    ``mask_logits`` has been expanded to the weight's shape; without a weight it is walked alone.
+    """
+    walked = [mask_logits] * 3 if weight is None or out is None else [out, weight, mask_logits]
+    config = config or get_config("materialize", target, mask_logits.numel(), DEFAULT_CONFIG)
+    tiling = tile(mask_logits.shape, config.block, *walked)
+    if tiling is None:
+        mask_logits = mask_logits.contiguous()
+        walked[2] = mask_logits
+        tiling = tile(mask_logits.shape, config.block, *walked)
+    if tiling is None:  # a weight of four strided dimensions: no layer has one
+        raise NotImplementedError(f"weight strides {walked[1].stride()} of shape {tuple(mask_logits.shape)}; use .contiguous()")
+    l0 = torch.empty(tiling.programs, dtype=torch.float32, device=mask_logits.device)
+    counted = torch.empty((2, tiling.programs if counts else 0), dtype=torch.int32, device=mask_logits.device)
+    arguments: dict[str, Any] = {
+        "w_ptr": weight, "s_ptr": mask_logits, "out_ptr": out, "t_ptr": temperature, "l0_ptr": l0,
+        "kept_ptr": counted[0] if counts else None, "undecided_ptr": counted[1] if counts else None, "scale": scale,
+        **tiling.arguments("out", "w", "s"),
+    }  # fmt: skip
+    constants = {
+        "HAS_WEIGHT": weight is not None, "HARD": hard, "SCALED": scale != 1.0, "COUNTS": counts,
+        "BLOCK_R": tiling.block_r, "BLOCK_C": tiling.block_c,
+    }  # fmt: skip
+    grid = (tiling.programs,)
+    return Launch(_materialize_kernel, grid, arguments, constants, config.num_warps), l0, counted
+
+
+def materialize(
+    weight: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    counts: bool = False,
+    config: ElementwiseConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``csmask.reference.materialize``; also ``counts``: int64 ``(kept, undecided)``, empty unless asked for."""
+    check_supported(weight=weight, mask_logits=mask_logits)
+    out = torch.empty_like(weight, dtype=dtype or weight.dtype)
+    check_supported(masked_weight=out)
+    logits = mask_logits.expand(weight.shape)
+    launch, l0, counted = plan(
+        weight, logits, temperature, hard, scale, out, counts, target_of(weight), config
+    )
+    run(weight.device, launch)
+    return out, l0.sum(), counted.sum(1) if counts else counted.new_empty(0, dtype=torch.int64)
+
+
+def mask_sums(
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    weights_per_logit: int,
+    config: ElementwiseConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``csmask.reference.mask_sums``: l0 (0-d fp32) and int64 ``(kept, undecided)``, all counted in weights."""
+    check_supported(mask_logits=mask_logits)
+    launch, l0, counted = plan(
+        None, mask_logits, temperature, hard, scale, None, True, target_of(mask_logits), config
+    )
+    run(mask_logits.device, launch)
+    return l0.sum() * weights_per_logit, counted.sum(1) * weights_per_logit
