@@ -10,6 +10,7 @@ Method: continuous sparsification, Savarese et al. 2020, https://arxiv.org/abs/1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+# |T * S| under which a soft mask still counts as undecided: it lies between 0.018 and 0.982.
+UNDECIDED_BOUND = 4.0
+WORD_BITS = 32
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -155,6 +159,54 @@ def l0(
     return mask.sum() * weights_per_logit
 
 
+def mask_sums(
+    mask_logits: Tensor,
+    temperature: Tensor | float,
+    hard: bool = False,
+    scale: float = 1.0,
+    weights_per_logit: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """``l0`` and two counts: how many weights a hard mask keeps, and how many the soft one has not decided about.
+
+    Returns:
+        ``(l0, counts)``: as ``l0`` gives it, in fp32 (fp64 for fp64 logits); int64 ``(kept, undecided)`` with
+        ``S > 0`` and ``|T * S| < 4``, in weights.
+    """
+    logits = mask_logits.to(compute_dtype(mask_logits))
+    undecided = (_as_temperature(temperature, logits) * logits).abs() < UNDECIDED_BOUND
+    counts = torch.stack([(logits > 0).sum(), undecided.sum()]) * weights_per_logit
+    return l0(logits, temperature, hard, scale, weights_per_logit), counts
+
+
+def scale_neurons(
+    z: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor | float,
+    bias: Tensor | None = None,
+    hard: bool = False,
+    scale: float = 1.0,
+    dim: int = -1,
+) -> Tensor:
+    """``out = z * m + b`` along one dimension: what a layer with unit ``"neuron"`` gives, without a masked weight.
+
+    Args:
+        z: the unmasked layer's output before its bias, any shape, any float dtype.
+        mask_logits: ``(U,)``, U the size of ``z`` in dimension ``dim``.
+        temperature, hard, scale: as in ``materialize``; a hard mask selects.
+        bias: ``(U,)``, added after the mask.
+        dim: the dimension of the units: -1 for linear layers, 1 for batched convolutions.
+
+    Returns:
+        Shape and dtype of ``z``; the sum is rounded once.
+    """
+    along = [-1 if d == dim % z.dim() else 1 for d in range(z.dim())]
+    compute = compute_dtype(z, mask_logits)
+    out, _ = materialize(z, mask_logits.view(along), temperature, hard, scale, compute)
+    if bias is not None:
+        out = out + bias.to(compute).view(along)
+    return out.to(z.dtype)
+
+
 def masked_linear(
     x: Tensor,
     weight: Tensor,
@@ -276,3 +328,42 @@ def as_tuple(value: int | Sequence[int], dims: int) -> tuple[int, ...]:
     if len(values) not in (1, dims):
         raise ValueError(f"stride, padding and dilation must be one number or {dims} of them, got {value}")
     return values * dims if len(values) == 1 else values
+
+
+# Bit-packed hard masks
+
+
+def pack_mask(mask_logits: Tensor) -> Tensor:
+    """The hard mask in one bit per logit: bit ``i % 32`` of word ``i // 32`` is ``S.flatten()[i] > 0``.
+
+    Args:
+        mask_logits: any shape and strides; the order is the logical one, row by row.
+
+    Returns:
+        int32, ``(ceil(n / 32),)``; bits past the last logit are 0.
+    """
+    kept = (mask_logits > 0).flatten()
+    bits = F.pad(kept, (0, -kept.numel() % WORD_BITS)).view(-1, WORD_BITS).int()
+    # Each bit stands once, so that the sum is their union; bit 31 makes the word negative.
+    return (bits << _bit_positions(bits)).sum(1, dtype=torch.int32)
+
+
+def unpack_mask(bits: Tensor, size: Sequence[int]) -> Tensor:
+    """The boolean mask of shape ``size`` that ``pack_mask`` packed."""
+    kept = (bits.unsqueeze(1) >> _bit_positions(bits) & 1).bool()
+    return kept.flatten()[: math.prod(size)].view(list(size))
+
+
+def popcount(bits: Tensor) -> Tensor:
+    """How many bits are set, that is how many logits are kept: int64, 0-d."""
+    return unpack_mask(bits, (WORD_BITS * bits.numel(),)).sum()
+
+
+def apply_bitmask(weight: Tensor, bits: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    """The masked weight of ``materialize`` with the hard mask whose bits these are: it selects."""
+    kept = unpack_mask(bits, weight.shape).to(weight.dtype)
+    return materialize(weight, kept, 1.0, True, scale, dtype)[0]
+
+
+def _bit_positions(like: Tensor) -> Tensor:
+    return torch.arange(WORD_BITS, dtype=torch.int32, device=like.device)

@@ -276,3 +276,111 @@ def test_geometry_of_one_number_in_a_tuple_is_repeated_as_in_torch():
     arguments = {"stride": (2,), "padding": (1,), "dilation": (2,)}
     want = nn.functional.conv2d(x, layer.weight, layer.bias, **arguments)
     assert torch.equal(reference.masked_conv(x, layer.weight, logits, 1.0, layer.bias, hard=True, **arguments), want)
+
+
+def test_mask_sums_count_weights():
+    logits = torch.tensor([2.0, 2.5, -2.0, -1.999, 0.0, -0.0, 1e-40, math.nan, math.inf, -math.inf])
+    l0, counts = reference.mask_sums(logits.nan_to_num(0.0), 2.0, scale=1.5, weights_per_logit=7)
+    assert l0 == reference.l0(logits.nan_to_num(0.0), 2.0, False, 1.5, 7)
+    l0, counts = reference.mask_sums(logits, 2.0, hard=True, weights_per_logit=7)
+    assert l0 == 7 * 4
+    assert counts.dtype == torch.int64
+    # |T * S| of exactly 4 is decided, a NaN is neither kept nor undecided
+    assert counts.tolist() == [7 * 4, 7 * 4]
+    half, wide = torch.tensor([0.1, -3.0]).half(), torch.tensor([0.1, -3.0], dtype=torch.float64)
+    assert reference.mask_sums(half, torch.tensor(1.0, dtype=torch.float64))[0].dtype == torch.float32
+    assert reference.mask_sums(wide, 1.0)[0] == reference.l0(wide, 1.0)
+    assert reference.mask_sums(torch.empty(0, 5), 1.0)[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "gpt2"])
+def test_scale_neurons_is_the_linear_layer_with_masked_units(transposed, hard):
+    inputs = testing.linear_inputs((2, 3), 7, 5, torch.float64, mask_unit="neuron", transposed=transposed)
+    inputs = testing.to_fp64(inputs)
+    want = reference.masked_linear(temperature=3.0, hard=hard, scale=1.25, transposed=transposed, **inputs)
+    z = reference.apply_linear(inputs["x"], inputs["weight"], None, transposed)
+    got = reference.scale_neurons(z, inputs["mask_logits"].flatten(), 3.0, inputs["bias"], hard, 1.25)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+
+
+def test_scale_neurons_is_the_convolution_with_masked_filters():
+    inputs = testing.to_fp64(testing.conv_inputs((2, 3, 6, 5), (4, 3, 3, 2), torch.float64, mask_unit="neuron"))
+    want = reference.masked_conv(temperature=3.0, padding=1, **inputs)
+    z = nn.functional.conv2d(inputs["x"], inputs["weight"], padding=1)
+    got = reference.scale_neurons(z, inputs["mask_logits"].flatten(), 3.0, inputs["bias"], dim=1)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_scale_neurons_gradients(dim):
+    z = testing.seeded_normal((2, 3, 4), 0, torch.float64).requires_grad_()
+    units = z.shape[dim]
+    logits = testing.seeded_normal((units,), 1, torch.float64).requires_grad_()
+    bias = testing.seeded_normal((units,), 2, torch.float64).requires_grad_()
+
+    def fn(z, logits, bias):
+        return reference.scale_neurons(z, logits, 1.7, bias, False, 1.3, dim)
+
+    assert gradcheck(fn, (z, logits, bias))
+    assert gradgradcheck(fn, (z, logits, bias))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_scale_neurons_selects_and_rounds_once(dtype):
+    z = torch.tensor([[math.nan, math.inf, -2.0, -0.0, 3.0], [1.0, -math.inf, math.nan, -5.0, math.inf]], dtype=dtype)
+    logits = torch.tensor([-1.0, 0.0, math.nan, -0.0, 1e-40])
+    out = reference.scale_neurons(z, logits, 5.0, None, True)
+    assert out.dtype == dtype
+    assert out.tolist() == [[0, 0, 0, 0, 3], [0, 0, 0, 0, math.inf]]
+    assert not out.signbit().any()
+    bias = torch.arange(1.0, 6.0).to(dtype)
+    assert reference.scale_neurons(z, logits, 5.0, bias, True)[0].tolist() == [1, 2, 3, 4, 8]
+    # half an ulp of z * m is lost where the product is rounded before the bias is added
+    eps = torch.finfo(dtype).eps
+    one = torch.tensor([1 + eps], dtype=dtype)
+    want = (one.double() * 0.5 - 0.5).to(dtype)
+    assert torch.equal(reference.scale_neurons(one, torch.zeros(1), 1.0, -0.5 * torch.ones(1, dtype=dtype)), want)
+
+
+BIT_SHAPES = [(), (0,), (3, 0), (1,), (31,), (32,), (33,), (7, 13), (2, 3, 5, 7), (64, 32)]
+
+
+@pytest.mark.parametrize("shape", BIT_SHAPES)
+def test_packed_mask_is_the_bits_in_order(shape):
+    logits = testing.seeded_logits(shape, 0)
+    bits = reference.pack_mask(logits)
+    n = logits.numel()
+    assert bits.dtype == torch.int32
+    assert bits.shape == ((n + 31) // 32,)
+    # as a Python integer, the words one after the other are the mask read from its last entry to its first
+    as_integer = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(bits.tolist()))
+    assert as_integer == sum(int(s > 0) << i for i, s in enumerate(logits.flatten().tolist()))
+    kept = reference.unpack_mask(bits, shape)
+    assert kept.dtype == torch.bool
+    assert torch.equal(kept, logits > 0)
+    count = reference.popcount(bits)
+    assert (count.dtype, count.shape) == (torch.int64, ())
+    assert count == (logits > 0).sum()
+
+
+def test_packed_mask_of_edge_values_and_strides():
+    assert reference.pack_mask(torch.ones(32)).tolist() == [-1]
+    assert reference.popcount(torch.full((3,), -1, dtype=torch.int32)) == 96
+    special = torch.tensor([math.nan, 0.0, -0.0, 1e-40, math.inf, -math.inf])
+    assert reference.pack_mask(special).tolist() == [0b011000]
+    logits = testing.seeded_logits((11, 6), 1)
+    assert torch.equal(reference.pack_mask(logits.t()), reference.pack_mask(logits.t().contiguous()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_apply_bitmask_is_the_hard_mask(scale, dtype):
+    weight, logits = testing.seeded_normal((9, 11), 0, dtype), testing.seeded_logits((9, 11), 1)
+    weight[logits <= 0] = math.inf
+    want, _ = reference.materialize(weight, logits, 1.0, True, scale)
+    assert torch.equal(reference.apply_bitmask(weight, reference.pack_mask(logits), scale), want)
+    assert torch.equal(
+        reference.apply_bitmask(weight.t(), reference.pack_mask(logits.t()), scale, torch.float64),
+        reference.materialize(weight.t(), logits.t(), 1.0, True, scale, torch.float64)[0],
+    )
