@@ -1,33 +1,103 @@
 """Operator schemas, shape functions and dispatch: the tensor's device picks the back end.
 
-CPU runs the C++ kernels of ``csmask_kernels._cpu`` where they are built, and the plain-torch reference otherwise.
-CUDA and ROCm have no kernels in this version and say so rather than fall back. Autograd lives above, in
-``functional``.
+CUDA and ROCm run the Triton kernels of ``csmask_kernels``, one file per op; CPU runs the C++ kernels of
+``csmask_kernels._cpu`` where they are built; all else runs the plain-torch reference. Autograd lives above, in
+``functional``. Shapes and dtypes were checked there.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import _plain, reference
 
+ops = torch.ops.csmask
 _LIBRARY = torch.library.Library("csmask", "DEF")
-_LIBRARY.define(
-    "materialize(Tensor weight, Tensor mask_logits, Tensor temperature, bool hard, float scale, ScalarType? dtype=None)"
-    " -> (Tensor masked_weight, Tensor l0)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "logits_grad(Tensor dmasked_weight, Tensor weight, Tensor mask_logits, Tensor temperature, Tensor? dl0,"
-    " float scale) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_MASK = "Tensor weight, Tensor mask_logits, Tensor temperature"
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+
+# op: (arguments and results, the Triton kernel's file)
+SCHEMAS = {
+    "materialize": (
+        f"({_MASK}, bool hard, float scale, ScalarType? dtype=None, bool counts=False) -> (Tensor, Tensor, Tensor)",
+        "materialize",
+    ),
+    "mask_sums": (
+        "(Tensor mask_logits, Tensor temperature, bool hard, float scale, int weights_per_logit) -> (Tensor, Tensor)",
+        "materialize",
+    ),
+    "logits_grad": (f"(Tensor dmasked_weight, {_MASK}, Tensor? dl0, float scale) -> Tensor", "logits_grad"),
+    "logits_grad_": (
+        f"(Tensor(a!) dlogits, Tensor dmasked_weight, {_MASK}, Tensor? dl0, float scale) -> ()",
+        "logits_grad",
+    ),
+    "masked_linear": (
+        f"(Tensor x, {_MASK}, Tensor? bias, bool hard, float scale, bool transposed) -> (Tensor, Tensor)",
+        "masked_linear",
+    ),
+    "masked_linear_dx": (
+        f"(Tensor dout, {_MASK}, bool hard, float scale, bool transposed) -> Tensor",
+        "masked_linear",
+    ),
+    "masked_linear_dlogits": (
+        f"(Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, bool transposed) -> Tensor",
+        "masked_linear_dlogits",
+    ),
+    "masked_linear_dlogits_": (
+        f"(Tensor(a!) dlogits, Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, bool transposed) -> ()",
+        "masked_linear_dlogits",
+    ),
+    "masked_conv": (
+        f"(Tensor x, {_MASK}, Tensor? bias, bool hard, float scale, {_GEOMETRY}) -> (Tensor, Tensor)",
+        "masked_conv",
+    ),
+    "masked_conv_dx": (
+        f"(Tensor dout, {_MASK}, SymInt[] input_size, bool hard, float scale, {_GEOMETRY}) -> Tensor",
+        "masked_conv",
+    ),
+    "masked_conv_dlogits": (
+        f"(Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, {_GEOMETRY}) -> Tensor",
+        "masked_conv_dlogits",
+    ),
+    "masked_conv_dlogits_": (
+        f"(Tensor(a!) dlogits, Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, {_GEOMETRY}) -> ()",
+        "masked_conv_dlogits",
+    ),
+    "scale_neurons": (
+        "(Tensor z, Tensor mask_logits, Tensor temperature, Tensor? bias, bool hard, float scale, int dim) -> Tensor",
+        "scale_neurons",
+    ),
+    "scale_neurons_grad": (
+        "(Tensor dout, Tensor z, Tensor mask_logits, Tensor temperature, Tensor? dl0, bool hard, float scale, int dim,"
+        " int weights_per_logit) -> (Tensor, Tensor)",
+        "scale_neurons",
+    ),
+    "pack_mask": ("(Tensor mask_logits) -> Tensor", "bitmask"),
+    "unpack_mask": ("(Tensor bits, SymInt[] size) -> Tensor", "bitmask"),
+    "popcount": ("(Tensor bits) -> Tensor", "bitmask"),
+    "apply_bitmask": ("(Tensor weight, Tensor bits, float scale, ScalarType? dtype=None) -> Tensor", "bitmask"),
+    "bitmask_linear": (
+        "(Tensor x, Tensor weight, Tensor bits, Tensor? bias, float scale, bool transposed) -> Tensor",
+        "masked_linear",
+    ),
+    "bitmask_linear_dx": (
+        "(Tensor dout, Tensor weight, Tensor bits, float scale, bool transposed) -> Tensor",
+        "masked_linear",
+    ),
+    "philox_": (
+        "(Tensor(a!) out, str kind, int seed_lo, int seed_hi, int stream, int purpose, float scale) -> ()",
+        "philox",
+    ),
+}
+
+
+# Back ends
 
 
 def _load_cpu_kernels() -> tuple[ModuleType | None, str]:
@@ -43,13 +113,42 @@ cpu_kernels, cpu_kernels_missing = _load_cpu_kernels()
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 
 
+def triton_kernel(name: str) -> Callable[..., Any]:
+    """The launcher of an op's Triton kernel, which has the op's own signature.
+
+    Raises:
+        ImportError: Triton or the kernels are not installed; the message says what to do. There is no silent fallback.
+    """
+    try:
+        module = importlib.import_module(f"csmask_kernels.{SCHEMAS[name][1]}")
+    except ImportError as error:
+        raise ImportError(
+            f"csmask's GPU kernel for {name} needs Triton >= 3.6 and csmask_kernels ({error}): pip install triton and "
+            'install csmask again, or use CircuitConfig(execution="reference")'
+        ) from error
+    return getattr(module, name)
+
+
+def _run_triton(name: str) -> Callable[..., Any]:
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        return triton_kernel(name)(*args, **kwargs)
+
+    return launch
+
+
 def _materialize_cpu(
-    weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    dtype: torch.dtype | None = None,
+    counts: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = dtype or weight.dtype
     has_kernel = weight.dtype in _CPU_DTYPES and dtype in _CPU_DTYPES and mask_logits.dtype == torch.float32
-    if cpu_kernels is None or not has_kernel:
-        return _materialize_reference(weight, mask_logits, temperature, hard, scale, dtype)
+    if cpu_kernels is None or not has_kernel or not weight.numel():
+        return _plain.OPS["materialize"](weight, mask_logits, temperature, hard, scale, dtype, counts)
     out = torch.empty(weight.shape, dtype=dtype)
     l0 = cpu_kernels.materialize(
         weight.detach().contiguous(),
@@ -62,7 +161,8 @@ def _materialize_cpu(
         out,
         torch.get_num_threads(),
     )
-    return out, torch.tensor(l0, dtype=torch.float32)
+    counted = _plain.counts_of(weight, mask_logits, temperature, counts)
+    return _plain.like(out, weight), torch.tensor(l0, dtype=torch.float32), counted
 
 
 def _inner_size(weight: Tensor, mask_logits: Tensor) -> int:
@@ -73,43 +173,33 @@ def _inner_size(weight: Tensor, mask_logits: Tensor) -> int:
     return max(1, weight.shape[unit_dim + 1 :].numel())
 
 
-def _materialize_reference(
-    weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        masked_weight, l0 = reference.materialize(weight, mask_logits, temperature, hard, scale, dtype)
-    return masked_weight.contiguous(), l0
+def _without_grad(compute: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return compute(*args, **kwargs)
+
+    return run
 
 
-def _logits_grad_reference(
-    dmasked_weight: Tensor,
-    weight: Tensor,
-    mask_logits: Tensor,
-    temperature: Tensor,
-    dl0: Tensor | None,
-    scale: float,
-) -> Tensor:
-    with torch.no_grad():
-        return reference.logits_grad(dmasked_weight, weight, mask_logits, temperature, dl0, scale).contiguous()
+for _name, (_schema, _) in SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(_name, _without_grad(_plain.OPS[_name]), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _run_triton(_name), "CUDA")
+_LIBRARY.impl("materialize", _without_grad(_materialize_cpu), "CPU")
 
 
-def _cuda_missing(name: str) -> Callable[..., NoReturn]:
-    def raise_missing(*_args: Any, **_kwargs: Any) -> NoReturn:
-        raise NotImplementedError(
-            f"csmask has no GPU kernel for {name} in this version; "
-            'use CircuitConfig(execution="reference"), or "auto", which picks it on a GPU'
-        )
-
-    return raise_missing
+# Shapes, dtypes and layouts of the results: the same on every device
 
 
-for _name, _default in (("materialize", _materialize_reference), ("logits_grad", _logits_grad_reference)):
-    _LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _cuda_missing(_name), "CUDA")
-_LIBRARY.impl("materialize", _materialize_cpu, "CPU")
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"csmask::{name}")
 
 
-@torch.library.register_fake("csmask::materialize")
+def _scalar(like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty((), dtype=dtype)
+
+
+@_fake("materialize")
 def _materialize_fake(
     weight: Tensor,
     mask_logits: Tensor,
@@ -117,38 +207,106 @@ def _materialize_fake(
     _hard: bool,
     _scale: float,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    compute = reference.compute_dtype(weight, mask_logits)
-    masked_weight = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    return masked_weight, weight.new_empty((), dtype=compute)
+    counts: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(weight, dtype=dtype or weight.dtype)
+    return out, _l0_fake(weight, mask_logits), weight.new_empty(2 if counts else 0, dtype=torch.int64)
 
 
-@torch.library.register_fake("csmask::logits_grad")
-def _logits_grad_fake(
-    _dmasked_weight: Tensor,
-    _weight: Tensor,
-    mask_logits: Tensor,
-    _temperature: Tensor,
-    _dl0: Tensor | None,
-    _scale: float,
+def _l0_fake(weight: Tensor, mask_logits: Tensor) -> Tensor:
+    return weight.new_empty((), dtype=reference.compute_dtype(weight, mask_logits))
+
+
+@_fake("mask_sums")
+def _mask_sums_fake(mask_logits: Tensor, *_mask: Any) -> tuple[Tensor, Tensor]:
+    return _l0_fake(mask_logits, mask_logits), mask_logits.new_empty(2, dtype=torch.int64)
+
+
+@_fake("logits_grad")
+def _logits_grad_fake(_dmasked_weight: Tensor, _weight: Tensor, mask_logits: Tensor, *_mask: Any) -> Tensor:
+    return torch.empty_like(mask_logits)
+
+
+@_fake("masked_linear")
+def _masked_linear_fake(x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any) -> tuple[Tensor, Tensor]:
+    transposed = mask[-1]
+    return x.new_empty((x.shape[0], weight.shape[1 if transposed else 0])), _l0_fake(weight, mask_logits)
+
+
+@_fake("masked_linear_dx")
+def _masked_linear_dx_fake(dout: Tensor, weight: Tensor, *mask: Any) -> Tensor:
+    transposed = mask[-1]
+    return dout.new_empty((dout.shape[0], weight.shape[0 if transposed else 1]))
+
+
+@_fake("masked_linear_dlogits")
+def _masked_linear_dlogits_fake(_dout: Tensor, _x: Tensor, _weight: Tensor, mask_logits: Tensor, *_mask: Any) -> Tensor:
+    return torch.empty_like(mask_logits)
+
+
+@_fake("masked_conv")
+def _masked_conv_fake(
+    x: Tensor, weight: Tensor, mask_logits: Tensor, _temperature: Tensor, _bias: Tensor | None, _hard: bool,
+    _scale: float, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    walked = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in walked]
+    out = x.new_empty((x.shape[0], weight.shape[0], *size))
+    return out.contiguous(memory_format=_plain.conv_memory_format(x)), _l0_fake(weight, mask_logits)
+
+
+@_fake("masked_conv_dx")
+def _masked_conv_dx_fake(
+    dout: Tensor, _weight: Tensor, _mask_logits: Tensor, _temperature: Tensor, input_size: Sequence[int], *_mask: Any
 ) -> Tensor:
-    return torch.empty(mask_logits.shape, dtype=mask_logits.dtype, device=mask_logits.device)
+    return dout.new_empty(list(input_size)).contiguous(memory_format=_plain.conv_memory_format(dout))
 
 
-def materialize(
-    weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """``csmask::materialize``: see ``reference.materialize``."""
-    return torch.ops.csmask.materialize(weight, mask_logits, temperature, hard, scale, dtype)
+@_fake("masked_conv_dlogits")
+def _masked_conv_dlogits_fake(_dout: Tensor, _x: Tensor, _weight: Tensor, mask_logits: Tensor, *_mask: Any) -> Tensor:
+    return torch.empty_like(mask_logits)
 
 
-def logits_grad(
-    dmasked_weight: Tensor,
-    weight: Tensor,
-    mask_logits: Tensor,
-    temperature: Tensor,
-    dl0: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """``csmask::logits_grad``: see ``reference.logits_grad``."""
-    return torch.ops.csmask.logits_grad(dmasked_weight, weight, mask_logits, temperature, dl0, scale)
+@_fake("scale_neurons")
+def _scale_neurons_fake(z: Tensor, *_mask: Any) -> Tensor:
+    return torch.empty_like(z)
+
+
+@_fake("scale_neurons_grad")
+def _scale_neurons_grad_fake(_dout: Tensor, z: Tensor, mask_logits: Tensor, *_mask: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(mask_logits)
+
+
+@_fake("pack_mask")
+def _pack_mask_fake(mask_logits: Tensor) -> Tensor:
+    return mask_logits.new_empty((mask_logits.numel() + 31) // 32, dtype=torch.int32)
+
+
+@_fake("unpack_mask")
+def _unpack_mask_fake(bits: Tensor, size: Sequence[int]) -> Tensor:
+    return bits.new_empty(list(size), dtype=torch.bool)
+
+
+@_fake("popcount")
+def _popcount_fake(bits: Tensor) -> Tensor:
+    return bits.new_empty((), dtype=torch.int64)
+
+
+@_fake("apply_bitmask")
+def _apply_bitmask_fake(weight: Tensor, _bits: Tensor, _scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype or weight.dtype)
+
+
+@_fake("bitmask_linear")
+def _bitmask_linear_fake(x: Tensor, weight: Tensor, *mask: Any) -> Tensor:
+    transposed = mask[-1]
+    return x.new_empty((x.shape[0], weight.shape[1 if transposed else 0]))
+
+
+@_fake("bitmask_linear_dx")
+def _bitmask_linear_dx_fake(dout: Tensor, weight: Tensor, *mask: Any) -> Tensor:
+    return _masked_linear_dx_fake(dout, weight, *mask)
+
+
+for _name in ("logits_grad_", "masked_linear_dlogits_", "masked_conv_dlogits_", "philox_"):
+    torch.library.register_fake(f"csmask::{_name}", lambda *_args: None)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import philox
+from ._ops import ops
 from .config import ABLATION_MODES
 
 # Modes that draw n entries; "complement_sampled" is NeuroSurgeon's name for what csmask calls "randomly_sampled".
@@ -54,7 +55,8 @@ def sample_entries(eligible: Tensor, n: int, seed: int, stream: int, purpose: in
     """
     if n == 0:
         return torch.zeros_like(eligible)
-    words = philox.random_words(eligible.numel(), seed, stream, purpose, eligible.device)
+    words = torch.empty(eligible.numel(), dtype=torch.int64, device=eligible.device)
+    _draw_(words, "words", seed, stream, purpose)
     index = torch.arange(eligible.numel(), dtype=torch.int64, device=eligible.device)
     order = torch.where(eligible.flatten(), ((words >> 1) << 32) | index, _NOT_ELIGIBLE)
     threshold = torch.kthvalue(order, n).values
@@ -98,12 +100,18 @@ def random_values(param: Tensor, fan_in: int | None, seed: int, stream: int) -> 
             0.02 and whose biases start at 0.
         seed, stream: what is drawn from.
     """
-    count = param.numel()
     if fan_in is None and param.dim() == 1:
         return torch.zeros_like(param)
+    values = torch.empty(param.shape, dtype=param.dtype, device=param.device)
     if fan_in is None:
-        values = philox.random_normal(count, seed, stream, _PURPOSE_VALUES, param.device) * GPT2_INIT_STD
+        _draw_(values, "normal", seed, stream, _PURPOSE_VALUES, GPT2_INIT_STD)
     else:
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
-        values = philox.random_uniform(count, seed, stream, _PURPOSE_VALUES, param.device) * bound
-    return values.view(param.shape).to(param.dtype)
+        _draw_(values, "uniform", seed, stream, _PURPOSE_VALUES, bound)
+    return values
+
+
+def _draw_(out: Tensor, kind: str, seed: int, stream: int, purpose: int, scale: float = 1.0) -> None:
+    """Fill ``out`` with draws: ``philox.random_words``, ``_uniform`` or ``_normal`` (times ``scale``) on any device."""
+    philox.check_seed(seed)
+    ops.philox_(out, kind, seed & 0xFFFFFFFF, seed >> 32, stream, purpose, scale)

@@ -16,7 +16,7 @@ from . import checkpoint
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .functional import check_temperature
-from .layers import MaskedLayer
+from .layers import MaskedLayer, check_execution
 from .loss import add_to_loss, gives_labels
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers
@@ -29,8 +29,6 @@ from .surgery import (
     swap_out,
     warn_of_bypassed,
 )
-
-_NOT_YET = ("per_step", "in_kernel")
 
 
 class CircuitModel(nn.Module):
@@ -64,10 +62,7 @@ class CircuitModel(nn.Module):
             raise ValueError("model is a CircuitModel already; wrap its base, circuit.unload()")
         config = copy.deepcopy(config)
         config.validate()
-        if config.execution in _NOT_YET:
-            raise NotImplementedError(
-                f'execution {config.execution!r} is not in this version; use "auto", "per_forward" or "reference"'
-            )
+        check_execution(config.execution)
         targets = find_targets(model, config.target_layers)
         if any(isinstance(module, MaskedLayer) for module in model.modules()):
             raise ValueError(
@@ -99,14 +94,22 @@ class CircuitModel(nn.Module):
         layers = self._recomputing_layers()
         if layers:
             kwargs = self._without_cache(kwargs)
-            with checkpoint_frozen_layers(layers):
+        add_l0 = self.training and self.circuit_config.add_l0
+        self._record_l0(add_l0)
+        try:
+            with checkpoint_frozen_layers(layers) if layers else contextlib.nullcontext():
                 output = self._run_base(*args, **kwargs)
-        else:
-            output = self._run_base(*args, **kwargs)
-        if self.training and self.circuit_config.add_l0:
-            labels = gives_labels(self.wrapped_model, args, kwargs)
-            output = add_to_loss(output, self._l0_penalty, labels)
+            if add_l0:
+                labels = gives_labels(self.wrapped_model, args, kwargs)
+                output = add_to_loss(output, self._l0_penalty, labels)
+        finally:
+            self._record_l0(False)
         return output
+
+    def _record_l0(self, flag: bool) -> None:
+        """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
+        for layer in self.masked_layers.values():
+            layer.records_l0, layer._recorded_l0 = flag, None
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypass_checked or torch.compiler.is_compiling():
@@ -203,6 +206,51 @@ class CircuitModel(nn.Module):
         for layer in layers.values():
             layer.use_masks = flag
 
+    # Execution
+
+    def set_execution(self, execution: str, names: str | Iterable[str] | None = None) -> None:
+        """Choose when masks are computed, for all layers or for some; the masks stay what they are.
+
+        Args:
+            execution: ``"auto"``, ``"per_forward"``, ``"in_kernel"`` or ``"reference"``, as in ``CircuitConfig``.
+            names: layers as in ``target_layers``; all by default, and then also for checkpoints to come.
+
+        Raises:
+            ValueError, NotImplementedError: an execution that there is not, a name that is not a masked layer; nothing
+                is changed.
+        """
+        check_execution(execution)
+        layers = self.masked_layers if names is None else find_masked(self.wrapped_model, names)
+        for layer in layers.values():
+            layer.execution = execution
+        if names is None:
+            self.circuit_config.execution = execution
+
+    def keep_masked_weights(self, flag: bool) -> None:
+        """Whether ``"per_forward"`` layers keep their masked weight while logits and temperature are unchanged.
+
+        Kept (the default), backward and further micro-batches find what forward made, for one masked weight more in
+        memory (2 bytes per weight in bf16). Not kept, it is made anew at each use. What is kept now is freed in either
+        case.
+        """
+        if not isinstance(flag, bool):
+            raise TypeError(f"flag must be True or False, got {flag!r}")
+        for layer in self.masked_layers.values():
+            layer.masked_weight.keep = flag
+            layer.masked_weight.drop()
+
+    def accumulate_in_kernel(self, flag: bool) -> None:
+        """Whether kernels add to ``mask_logits.grad`` where there is a gradient already, instead of autograd.
+
+        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. Only
+        for plain ``loss.backward()`` calls: ``torch.autograd.grad`` and hooks on the logits, such as those of DDP, do
+        not see a gradient that was added so. Off by default.
+        """
+        if not isinstance(flag, bool):
+            raise TypeError(f"flag must be True or False, got {flag!r}")
+        for layer in self.masked_layers.values():
+            layer.accumulate = flag
+
     # l0
 
     def l0(self, reduction: str | None = None) -> Tensor:
@@ -222,7 +270,7 @@ class CircuitModel(nn.Module):
         device = self._first_layer.mask_logits.device
         total = torch.zeros((), dtype=torch.float32, device=device)
         for layer in layers:
-            total = total + layer.l0().to(device)
+            total = total + layer.take_l0().to(device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         return total

@@ -1,8 +1,16 @@
-"""Masked operations with gradients: checks and autograd around the operators of ``_ops``.
+"""Masked operations with gradients: checks around the functions of ``autograd``.
 
-Each function has the signature and meaning of its namesake in ``reference``. What differs is the cost: the masked
-weight is made by one kernel, is not saved for backward but rebuilt there, and the gradient of the logits is one more
-kernel. These functions have first derivatives; for higher ones use ``reference``.
+Each function has the meaning of its namesake in ``reference``. What differs is the cost, by ``execution``:
+
+``"per_forward"``
+    One kernel makes the masked weight, the dense operation runs on it, and in backward one more kernel turns the
+    weight's gradient into that of the logits. The masked weight is not saved but rebuilt in backward.
+``"in_kernel"``
+    The mask is computed inside the matrix product or convolution, on the tile at hand; neither the masked weight nor
+    its gradient is ever in memory. On devices without such kernels this runs as ``"per_forward"`` does.
+
+With one logit per output unit, both scale the dense operation's output instead, and there is no weight gradient at all.
+These functions have first derivatives; for higher ones use ``reference``.
 """
 
 from __future__ import annotations
@@ -12,9 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import _ops, reference
+from . import autograd, reference
+from ._ops import ops
+from .masked_weight import MaskedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,129 +98,6 @@ def _temperature_tensor(temperature: Tensor | float, mask_logits: Tensor) -> Ten
     return torch.tensor(check_temperature(temperature), dtype=torch.float64, device=mask_logits.device)
 
 
-class _Materialize(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        mask_logits: Tensor,
-        temperature: Tensor,
-        hard: bool,
-        scale: float,
-        dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weight, mask_logits, temperature)
-        ctx.hard, ctx.scale, ctx.mask_inputs = hard, scale, (0, 1)
-        ctx.set_materialize_grads(False)
-        return _ops.materialize(weight, mask_logits, temperature, hard, scale, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dmasked_weight: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
-        weight, mask_logits, temperature = ctx.saved_tensors
-        if dmasked_weight is None:
-            dmasked_weight = torch.zeros_like(weight)
-        dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature, dl0)
-        return dweight, dlogits, None, None, None, None
-
-
-def _weight_and_logits_grads(
-    ctx: Any,
-    dmasked_weight: Tensor,
-    weight: Tensor,
-    mask_logits: Tensor,
-    temperature: Tensor,
-    dl0: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Chain rule from the masked weight to its two factors, which are inputs ``ctx.mask_inputs`` of the node."""
-    weight_input, logits_input = ctx.mask_inputs
-    dweight = dlogits = None
-    if ctx.needs_input_grad[weight_input]:
-        # d(W * m)/dW = m: the gradient is masked as the weight was.
-        dweight, _ = _ops.materialize(dmasked_weight, mask_logits, temperature, ctx.hard, ctx.scale, weight.dtype)
-    if ctx.needs_input_grad[logits_input] and not ctx.hard:
-        dlogits = _ops.logits_grad(dmasked_weight, weight, mask_logits, temperature, dl0, ctx.scale)
-    return dweight, dlogits
-
-
-class _MaskedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        mask_logits: Tensor,
-        temperature: Tensor,
-        bias: Tensor | None,
-        hard: bool,
-        scale: float,
-        transposed: bool,
-    ) -> Tensor:
-        needs_dweight = ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not hard)
-        ctx.save_for_backward(x if needs_dweight else None, weight, mask_logits, temperature)
-        ctx.hard, ctx.scale, ctx.transposed, ctx.mask_inputs = hard, scale, transposed, (1, 2)
-        ctx.dtype = x.dtype
-        masked_weight, _ = _ops.materialize(weight, mask_logits, temperature, hard, scale, x.dtype)
-        return reference.apply_linear(x, masked_weight, bias, transposed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask_logits, temperature = ctx.saved_tensors
-        dx = dweight = dlogits = dbias = None
-        rows = reference.as_rows(dout)  # (M, N)
-        if ctx.needs_input_grad[0]:
-            masked_weight, _ = _ops.materialize(weight, mask_logits, temperature, ctx.hard, ctx.scale, ctx.dtype)
-            dx = rows @ (masked_weight.t() if ctx.transposed else masked_weight)
-            dx = dx.view(*dout.shape[:-1], dx.shape[-1])
-        if x is not None:
-            x = reference.as_rows(x)  # (M, K)
-            dmasked_weight = x.t() @ rows if ctx.transposed else rows.t() @ x
-            dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature)
-        if ctx.needs_input_grad[4]:
-            dbias = rows.sum(0)
-        return dx, dweight, dlogits, None, dbias, None, None, None
-
-
-class _MaskedConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        mask_logits: Tensor,
-        temperature: Tensor,
-        bias: Tensor | None,
-        hard: bool,
-        scale: float,
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-        groups: int,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mask_logits, temperature)
-        ctx.hard, ctx.scale, ctx.mask_inputs = hard, scale, (1, 2)
-        ctx.needs_dweight = ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not hard)
-        ctx.geometry = (stride, padding, dilation, False, (0,) * len(stride), groups)
-        masked_weight, _ = _ops.materialize(weight, mask_logits, temperature, hard, scale, x.dtype)
-        return torch.convolution(x, masked_weight, bias, *ctx.geometry)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask_logits, temperature = ctx.saved_tensors
-        wants = [ctx.needs_input_grad[0], ctx.needs_dweight, ctx.needs_input_grad[4]]
-        masked_weight, _ = _ops.materialize(weight, mask_logits, temperature, ctx.hard, ctx.scale, x.dtype)
-        bias_sizes = [weight.shape[0]] if wants[2] else None
-        dx, dmasked_weight, dbias = torch.ops.aten.convolution_backward(
-            dout, x, masked_weight, bias_sizes, *ctx.geometry, wants
-        )
-        dweight = dlogits = None
-        if ctx.needs_dweight:
-            dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature)
-        return dx, dweight, dlogits, None, dbias, None, None, None, None, None, None
-
-
 def materialize(
     weight: Tensor,
     mask_logits: Tensor,
@@ -232,7 +118,7 @@ def materialize(
     if dtype is not None and dtype not in _FLOATS:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     temperature = _temperature_tensor(temperature, mask_logits)
-    return _Materialize.apply(weight, mask_logits, temperature, hard, scale, dtype)
+    return autograd.Materialize.apply(weight, mask_logits, temperature, hard, scale, dtype)
 
 
 def l0(
@@ -243,7 +129,20 @@ def l0(
     weights_per_logit: int = 1,
 ) -> Tensor:
     """The sum of the mask, counted in weights; see ``reference.l0``."""
-    return reference.l0(mask_logits, _temperature_tensor(temperature, mask_logits), hard, scale, weights_per_logit)
+    temperature = _temperature_tensor(temperature, mask_logits)
+    return autograd.MaskSum.apply(mask_logits, temperature, hard, scale, weights_per_logit)
+
+
+def mask_sums(
+    mask_logits: Tensor,
+    temperature: Tensor | float,
+    hard: bool = False,
+    scale: float = 1.0,
+    weights_per_logit: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the mask and the counts of kept and undecided weights; see ``reference.mask_sums``. No gradients."""
+    temperature = _temperature_tensor(temperature, mask_logits)
+    return ops.mask_sums(mask_logits.detach(), temperature, hard, scale, weights_per_logit)
 
 
 def masked_linear(
@@ -256,10 +155,21 @@ def masked_linear(
     hard: bool = False,
     scale: float = 1.0,
     transposed: bool = False,
-) -> Tensor:
+    execution: str = "per_forward",
+    kept: MaskedWeight | None = None,
+    accumulate: bool = False,
+    return_l0: bool = False,
+) -> Any:
     """``y = x (W * m)^T + b``; see ``reference.masked_linear``.
 
     Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else.
+
+    Args:
+        execution: ``"per_forward"`` or ``"in_kernel"``: see this module's docstring.
+        kept: where the masked weight of this layer is kept from one use to the next (``"per_forward"``).
+        accumulate: add the logits' gradient to ``mask_logits.grad`` in the kernel itself, where there is one; autograd
+            then sees no gradient: for plain ``backward()`` calls without hooks on the logits.
+        return_l0: return ``(y, l0)``, the second the differentiable sum of the mask, at no pass of its own.
 
     Raises:
         TypeError: a dtype that is not a float, or ``x`` of another dtype than ``weight`` outside autocast.
@@ -268,11 +178,18 @@ def masked_linear(
     if weight.dim() != 2:
         raise ValueError(f"weight must be 2-d, got shape {tuple(weight.shape)}")
     check_masked_weight(weight, mask_logits)
+    _check_execution(execution)
     x, bias = _prepare_input(x, weight, bias)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)
     _check_shapes(x, weight, bias, weight.shape[in_dim], weight.shape[out_dim], dim=-1)
     temperature = _temperature_tensor(temperature, mask_logits)
-    return _MaskedLinear.apply(x, weight, mask_logits, temperature, bias, hard, scale, transposed)
+    mask = (x, weight, mask_logits, temperature, bias)
+    if is_neuron_mask(weight, mask_logits, out_dim) and not hard:
+        result = autograd.NeuronOp.apply(*mask, scale, transposed)
+    else:
+        in_kernel = execution == "in_kernel"
+        result = autograd.MaskedOp.apply(*mask, hard, scale, transposed, in_kernel, kept, accumulate)
+    return result if return_l0 else result[0]
 
 
 def masked_conv(
@@ -289,10 +206,18 @@ def masked_conv(
     padding_mode: str = "zeros",
     hard: bool = False,
     scale: float = 1.0,
-) -> Tensor:
+    execution: str = "per_forward",
+    kept: MaskedWeight | None = None,
+    accumulate: bool = False,
+    return_l0: bool = False,
+) -> Any:
     """The convolution of ``x`` with ``W * m``, 1-d or 2-d by the rank of ``weight``; see ``reference.masked_conv``.
 
-    Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else.
+    Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else. Grouped and depthwise convolutions have
+    small weights and little arithmetic per weight: they run ``"per_forward"`` whatever ``execution`` says.
+
+    Args:
+        execution, kept, accumulate, return_l0: as in ``masked_linear``.
 
     Raises:
         TypeError, ValueError: as ``masked_linear``; also a weight that is not 3-d or 4-d.
@@ -300,6 +225,7 @@ def masked_conv(
     if weight.dim() not in (3, 4):
         raise ValueError(f"weight must be 3-d (conv1d) or 4-d (conv2d), got shape {tuple(weight.shape)}")
     check_masked_weight(weight, mask_logits)
+    _check_execution(execution)
     x, bias = _prepare_input(x, weight, bias)
     dims = weight.dim() - 2
     if x.dim() not in (dims + 1, dims + 2):
@@ -310,5 +236,58 @@ def masked_conv(
     stride, dilation = reference.as_tuple(stride, dims), reference.as_tuple(dilation, dims)
     x = x if batched else x.unsqueeze(0)
     x, pad = reference.pad_input(x, weight.shape[2:], stride, padding, dilation, padding_mode)
-    out = _MaskedConv.apply(x, weight, mask_logits, temperature, bias, hard, scale, stride, pad, dilation, groups)
-    return out if batched else out.squeeze(0)
+    in_kernel = execution == "in_kernel" and groups == 1
+    is_1d = in_kernel and dims == 1
+    if is_1d:  # the kernels are 2-d: a height of 1
+        x, weight, mask_logits = x.unsqueeze(2), weight.unsqueeze(2), mask_logits.unsqueeze(2)
+        stride, pad, dilation = (1, *stride), (0, *pad), (1, *dilation)
+    geometry = (stride, pad, dilation, False, (0,) * len(stride), groups)
+    mask = (x, weight, mask_logits, temperature, bias)
+    if is_neuron_mask(weight, mask_logits, 0) and not hard:
+        out, l0 = autograd.NeuronOp.apply(*mask, scale, geometry)
+    else:
+        out, l0 = autograd.MaskedOp.apply(*mask, hard, scale, geometry, in_kernel, kept, accumulate)
+    out = out.squeeze(2) if is_1d else out
+    out = out if batched else out.squeeze(0)
+    return (out, l0) if return_l0 else out
+
+
+def is_neuron_mask(weight: Tensor, mask_logits: Tensor, out_dim: int) -> bool:
+    """Whether there is one logit per output unit, dimension ``out_dim`` of the weight."""
+    return mask_logits.shape != weight.shape and mask_logits.shape[out_dim] == weight.shape[out_dim]
+
+
+def _check_execution(execution: str) -> None:
+    if execution not in ("per_forward", "in_kernel"):
+        raise ValueError(f"execution must be 'per_forward' or 'in_kernel', got {execution!r}")
+
+
+def pack_mask(mask_logits: Tensor) -> Tensor:
+    """The hard mask ``S > 0`` in one bit per weight: int32 words, see ``reference.pack_mask``."""
+    return ops.pack_mask(mask_logits.detach())
+
+
+def bitmask_linear(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None, *, scale: float = 1.0, transposed: bool = False
+) -> Tensor:
+    """``y = x (W * m)^T + b`` with the hard mask packed by ``pack_mask``: evaluation in 1/8 byte per weight.
+
+    Args:
+        x, weight, bias, scale, transposed: as in ``masked_linear``; gradients go to ``x`` and ``bias`` only.
+        bits: ``pack_mask`` of logits of the weight's shape.
+
+    Raises:
+        TypeError, ValueError: as ``masked_linear``; also bits that do not fit the weight.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-d, got shape {tuple(weight.shape)}")
+    words = (weight.numel() + 31) // 32
+    if bits.dtype != torch.int32 or tuple(bits.shape) != (words,) or bits.device != weight.device:
+        raise ValueError(
+            f"bits must be int32 of shape ({words},) on {weight.device} to match weight {tuple(weight.shape)}, "
+            f"got {bits.dtype} {tuple(bits.shape)} on {bits.device}"
+        )
+    x, bias = _prepare_input(x, weight, bias)
+    in_dim, out_dim = (0, 1) if transposed else (1, 0)
+    _check_shapes(x, weight, bias, weight.shape[in_dim], weight.shape[out_dim], dim=-1)
+    return autograd.BitmaskLinear.apply(x, weight.detach(), bits, bias, scale, transposed)

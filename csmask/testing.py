@@ -98,10 +98,12 @@ def run(
     Returns:
         ``out``, ``l0`` and, where they exist, ``dx``, ``dweight``, ``dlogits``, ``dbias``.
     """
+    execution = options.pop("execution", None)
+    how = {"execution": execution} if execution and ops is not reference and ops is not _ScaledOutput else {}
     leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in inputs.items()}
     weight, mask_logits = leaves["weight"], leaves["mask_logits"]
     hard, scale = options.get("hard", False), options.get("scale", 1.0)
-    out = getattr(ops, op)(leaves["x"], weight, mask_logits, temperature, leaves["bias"], **options)
+    out = getattr(ops, op)(leaves["x"], weight, mask_logits, temperature, leaves["bias"], **options, **how)
     _, l0 = ops.materialize(weight, mask_logits, temperature, hard, scale)
     names = {"x": "dx", "weight": "dweight", "mask_logits": "dlogits", "bias": "dbias"}
     wanted = {names[n]: t for n, t in leaves.items() if t is not None and not (hard and n == "mask_logits")}
@@ -114,9 +116,36 @@ def run(
 def oracle_and_budget(
     op: str, inputs: Mapping[str, Tensor | None], temperature: float, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What ``run`` gives for the reference: in fp64, and in the dtype of the inputs."""
+    """What ``run`` gives for the reference: in fp64, and in the dtype of the inputs.
+
+    With one logit per neuron the reference has two formulas, a masked weight and a scaled output. They are equal but for
+    rounding; the second is the one that ``functional`` computes, so its error is the budget.
+    """
     oracle = run(reference, op, to_fp64(inputs), temperature, **options)
-    return oracle, run(reference, op, inputs, temperature, **options)
+    logits, weight = inputs["mask_logits"], inputs["weight"]
+    assert logits is not None
+    assert weight is not None
+    scaled = logits.shape != weight.shape and not options.get("hard", False)
+    return oracle, run(_ScaledOutput if scaled else reference, op, inputs, temperature, **options)
+
+
+class _ScaledOutput:
+    """The reference's operations with one logit per neuron: the dense operation, its output scaled."""
+
+    materialize = staticmethod(reference.materialize)
+
+    @staticmethod
+    def masked_linear(x: Tensor, weight: Tensor, mask_logits: Tensor, temperature: float, bias: Tensor | None,
+                      *, transposed: bool = False, scale: float = 1.0, hard: bool = False) -> Tensor:  # fmt: skip
+        z = reference.apply_linear(x, weight.to(x.dtype), None, transposed)
+        return reference.scale_neurons(z, mask_logits.flatten(), temperature, bias, hard, scale)
+
+    @staticmethod
+    def masked_conv(x: Tensor, weight: Tensor, mask_logits: Tensor, temperature: float, bias: Tensor | None,
+                    *, scale: float = 1.0, hard: bool = False, **geometry: Any) -> Tensor:  # fmt: skip
+        kept = torch.ones_like(mask_logits)
+        z = reference.masked_conv(x, weight, kept, 1.0, None, hard=True, **geometry)
+        return reference.scale_neurons(z, mask_logits.flatten(), temperature, bias, hard, scale, dim=1 - weight.dim())
 
 
 def errors(

@@ -20,8 +20,11 @@ KERNELS = ROOT / "kernels"
 # From the bottom up: a module imports only modules of lower levels.
 LEVELS = [
     {"config", "philox", "reference"},
-    {"_ops", "ablation"},  # ablation lies below layers, whose forward uses it
+    {"_plain"},
+    {"_ops"},
+    {"ablation", "autograd", "cost", "masked_weight"},  # ablation lies below layers, whose forward uses it
     {"functional"},
+    {"masked_layer"},
     {"layers", "schedule", "testing", "recompute", "loss"},
     {"surgery"},
     {"checkpoint"},

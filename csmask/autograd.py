@@ -1,0 +1,314 @@
+"""Gradients around the operators of ``_ops``: one autograd function per way of computing a masked operation.
+
+Arguments were checked by ``functional``. First derivatives only; for higher ones there is ``reference``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from ._ops import ops
+
+
+class MaskSum(torch.autograd.Function):
+    """The l0 sum by itself: one pass over the logits forward, one backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, weights_per_logit: int
+    ) -> Tensor:
+        ctx.save_for_backward(mask_logits, temperature)
+        ctx.hard, ctx.scale, ctx.weights_per_logit = hard, scale, weights_per_logit
+        l0, _ = ops.mask_sums(mask_logits, temperature, hard, scale, weights_per_logit)
+        if hard:
+            ctx.mark_non_differentiable(l0)
+        return l0
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dl0: Tensor) -> tuple[Tensor | None, ...]:
+        mask_logits, temperature = ctx.saved_tensors
+        zero = mask_logits.new_zeros(()).expand(mask_logits.shape)  # takes no memory
+        per_logit = dl0 * ctx.weights_per_logit
+        return ops.logits_grad(zero, zero, mask_logits, temperature, per_logit, ctx.scale), None, None, None, None
+
+
+class Materialize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        mask_logits: Tensor,
+        temperature: Tensor,
+        hard: bool,
+        scale: float,
+        dtype: torch.dtype | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, mask_logits, temperature)
+        ctx.hard, ctx.scale, ctx.mask_inputs, ctx.accumulate = hard, scale, (0, 1), False
+        ctx.set_materialize_grads(False)
+        return ops.materialize(weight, mask_logits, temperature, hard, scale, dtype)[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmasked_weight: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, mask_logits, temperature = ctx.saved_tensors
+        dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature, dl0)
+        return dweight, dlogits, None, None, None, None
+
+
+def _weight_and_logits_grads(
+    ctx: Any,
+    dmasked_weight: Tensor | None,
+    weight: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    dl0: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Chain rule from the masked weight to its two factors, which are inputs ``ctx.mask_inputs`` of the node."""
+    weight_input, logits_input = ctx.mask_inputs
+    dweight = dlogits = None
+    if dmasked_weight is None:  # only the l0 sum was used: a zero that takes no memory
+        dmasked_weight = weight.new_zeros(()).expand(weight.shape)
+    if ctx.needs_input_grad[weight_input]:
+        # d(W * m)/dW = m: the gradient is masked as the weight was.
+        dweight, _, _ = ops.materialize(dmasked_weight, mask_logits, temperature, ctx.hard, ctx.scale, weight.dtype)
+        dweight = dweight.contiguous() if dweight.stride() != weight.stride() else dweight
+    if ctx.needs_input_grad[logits_input] and not ctx.hard:
+        arguments = (dmasked_weight, weight, mask_logits, temperature, dl0, ctx.scale)
+        dlogits = _logits_grad(ctx, mask_logits, "logits_grad", arguments)
+    return dweight, dlogits
+
+
+def _logits_grad(ctx: Any, mask_logits: Tensor, op: str, arguments: tuple[Any, ...]) -> Tensor | None:
+    """What ``op`` gives as the gradient of the logits; None where it was added to ``mask_logits.grad`` itself."""
+    grad = mask_logits.grad if ctx.accumulate and mask_logits.is_leaf else None
+    if grad is None or grad.dtype != torch.float32 or grad.layout != torch.strided or grad.is_inference():
+        return getattr(ops, op)(*arguments)
+    getattr(ops, f"{op}_")(grad, *arguments)
+    return None
+
+
+class MaskedOp(torch.autograd.Function):
+    """A linear operation or a convolution with ``W * m``, and the l0 sum of the mask.
+
+    ``geometry`` is ``transposed`` (a bool) for a linear operation, else what ``torch.convolution`` takes after its
+    bias. Saved for backward are ``x``, ``weight`` and ``mask_logits``; the masked weight is rebuilt there, or ``kept``
+    has it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask_logits: Tensor,
+        temperature: Tensor,
+        bias: Tensor | None,
+        hard: bool,
+        scale: float,
+        geometry: Any,
+        in_kernel: bool,
+        kept: Any,
+        accumulate: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.needs_dweight = ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not hard)
+        is_linear = isinstance(geometry, bool)
+        # A convolution's input gradient asks for the input's shape.
+        ctx.save_for_backward(x if ctx.needs_dweight or not is_linear else None, weight, mask_logits, temperature)
+        ctx.hard, ctx.scale, ctx.geometry, ctx.mask_inputs = hard, scale, geometry, (1, 2)
+        ctx.dtype, ctx.in_kernel, ctx.kept, ctx.accumulate = x.dtype, in_kernel, kept, accumulate
+        ctx.set_materialize_grads(False)
+        mask = (weight, mask_logits, temperature)
+        if in_kernel:
+            out, l0 = _in_kernel_forward(x, *mask, bias, hard, scale, geometry)
+        else:
+            masked_weight, l0 = _masked_weight(kept, *mask, hard, scale, x.dtype)
+            out = _dense_forward(x, masked_weight, bias, geometry)
+        if hard:
+            ctx.mark_non_differentiable(l0)
+        return out, l0
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, mask_logits, temperature = ctx.saved_tensors
+        mask = (weight, mask_logits, temperature)
+        dx = dweight = dlogits = dbias = None
+        if dout is None:
+            if ctx.needs_dweight:
+                dweight, dlogits = _weight_and_logits_grads(ctx, None, *mask, dl0)
+        elif ctx.in_kernel and not ctx.needs_input_grad[1]:
+            dx, dlogits, dbias = _in_kernel_backward(ctx, dout, x, *mask, dl0)
+        else:
+            wants = [ctx.needs_input_grad[0], ctx.needs_dweight, ctx.needs_input_grad[4]]
+            masked_weight = weight  # not used where only the weight's gradient is wanted
+            if wants[0]:
+                masked_weight, _ = _masked_weight(ctx.kept, *mask, ctx.hard, ctx.scale, ctx.dtype)
+            dx, dmasked_weight, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants)
+            if ctx.needs_dweight:
+                dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, *mask, dl0)
+        return dx, dweight, dlogits, None, dbias, None, None, None, None, None, None
+
+
+def _masked_weight(
+    kept: Any, weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if kept is not None:
+        return kept.get(weight, mask_logits, temperature, hard, scale, dtype)
+    return ops.materialize(weight, mask_logits, temperature, hard, scale, dtype)[:2]
+
+
+def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
+    if isinstance(geometry, bool):
+        return reference.apply_linear(x, weight, bias, geometry)
+    return torch.convolution(x, weight, bias, *geometry)
+
+
+def _dense_backward(
+    dout: Tensor, x: Tensor | None, weight: Tensor, geometry: Any, wants: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input, weight and bias, those that are wanted; the weight may be a stand-in where ``x``'s is not."""
+    if not isinstance(geometry, bool):
+        assert x is not None
+        weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
+        bias_sizes = [weight.shape[0]] if wants[2] else None
+        return torch.ops.aten.convolution_backward(dout, x, weight, bias_sizes, *geometry, wants)
+    dx = dweight = None
+    rows = reference.as_rows(dout)  # (M, N)
+    if wants[0]:
+        dx = rows @ (weight.t() if geometry else weight)
+        dx = dx.view(*dout.shape[:-1], dx.shape[-1])
+    if wants[1]:
+        assert x is not None
+        x_rows = reference.as_rows(x)  # (M, K)
+        dweight = x_rows.t() @ rows if geometry else rows.t() @ x_rows
+    return dx, dweight, rows.sum(0) if wants[2] else None
+
+
+def _in_kernel_forward(
+    x: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, bias: Tensor | None, hard: bool, scale: float,
+    geometry: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    mask = (weight, mask_logits, temperature, bias, hard, scale)
+    if not isinstance(geometry, bool):
+        return ops.masked_conv(x, *mask, *geometry[:3])
+    out, l0 = ops.masked_linear(reference.as_rows(x), *mask, geometry)
+    return out.view(*x.shape[:-1], out.shape[-1]), l0
+
+
+def _in_kernel_backward(
+    ctx: Any, dout: Tensor, x: Tensor | None, weight: Tensor, mask_logits: Tensor, temperature: Tensor,
+    dl0: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of input, logits and bias: neither the masked weight nor its gradient is ever in memory."""
+    dx = dlogits = dbias = None
+    mask, geometry = (weight, mask_logits, temperature), ctx.geometry
+    if isinstance(geometry, bool):
+        rows = reference.as_rows(dout)
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_linear_dx(rows, *mask, ctx.hard, ctx.scale, geometry)
+            dx = dx.view(*dout.shape[:-1], dx.shape[-1])
+        if ctx.needs_dweight and x is not None:
+            arguments = (rows, reference.as_rows(x), *mask, dl0, ctx.scale, geometry)
+            dlogits = _logits_grad(ctx, mask_logits, "masked_linear_dlogits", arguments)
+    else:
+        assert x is not None
+        if ctx.needs_input_grad[0]:
+            dx = ops.masked_conv_dx(dout, *mask, list(x.shape), ctx.hard, ctx.scale, *geometry[:3])
+        if ctx.needs_dweight:
+            arguments = (dout, x, *mask, dl0, ctx.scale, *geometry[:3])
+            dlogits = _logits_grad(ctx, mask_logits, "masked_conv_dlogits", arguments)
+    if ctx.needs_input_grad[4]:
+        dbias = _bias_grad(dout, geometry)
+    return dx, dlogits, dbias
+
+
+def _unit_dim(geometry: Any, out: Tensor) -> int:
+    """The dimension of a result that counts output units."""
+    return out.dim() - 1 if isinstance(geometry, bool) else 1
+
+
+def _bias_grad(dout: Tensor, geometry: Any) -> Tensor:
+    if isinstance(geometry, bool):
+        return reference.as_rows(dout).sum(0)
+    return dout.sum([d for d in range(dout.dim()) if d != 1])
+
+
+class NeuronOp(torch.autograd.Function):
+    """An operation with one logit per output unit, as the dense operation and a scaled output: ``y = m * (x W^T) + b``.
+
+    Two matrix products in forward and backward instead of three: the logits' gradient is a sum over the output. Saved
+    are the unscaled output, ``weight`` and ``mask_logits``, and ``x`` only where the weight is trained too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask_logits: Tensor,
+        temperature: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        geometry: Any,
+    ) -> tuple[Tensor, Tensor]:
+        unscaled = _dense_forward(x, weight.to(x.dtype), None, geometry)
+        keeps_x = ctx.needs_input_grad[1] or not isinstance(geometry, bool)
+        ctx.save_for_backward(x if keeps_x else None, unscaled, weight, mask_logits, temperature)
+        ctx.scale, ctx.geometry = scale, geometry
+        ctx.set_materialize_grads(False)
+        logits = mask_logits.flatten()
+        out = ops.scale_neurons(unscaled, logits, temperature, bias, False, scale, _unit_dim(geometry, unscaled))
+        per_logit = reference.weights_per_logit(weight, mask_logits)
+        return out, ops.mask_sums(logits, temperature, False, scale, per_logit)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, unscaled, weight, mask_logits, temperature = ctx.saved_tensors
+        dx = dweight = dbias = None
+        unit_dim = _unit_dim(ctx.geometry, unscaled)
+        per_logit = reference.weights_per_logit(weight, mask_logits)
+        dense = dout if dout is not None else torch.zeros_like(unscaled)
+        dunscaled, dlogits = ops.scale_neurons_grad(
+            dense, unscaled, mask_logits.flatten(), temperature, dl0, False, ctx.scale, unit_dim, per_logit
+        )
+        if dout is not None:
+            wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+            dx, dweight, _ = _dense_backward(dunscaled, x, weight.to(dunscaled.dtype), ctx.geometry, wants)
+            if ctx.needs_input_grad[4]:
+                dbias = _bias_grad(dout, ctx.geometry)
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        return dx, dweight, dlogits.view(mask_logits.shape), None, dbias, None, None
+
+
+class BitmaskLinear(torch.autograd.Function):
+    """A linear operation under a packed hard mask; its gradient is the input's and the bias's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, scale: float, transposed: bool
+    ) -> Tensor:
+        ctx.save_for_backward(weight, bits)
+        ctx.scale, ctx.transposed = scale, transposed
+        out = ops.bitmask_linear(reference.as_rows(x), weight, bits, bias, scale, transposed)
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        weight, bits = ctx.saved_tensors
+        dx = dbias = None
+        rows = reference.as_rows(dout)
+        if ctx.needs_input_grad[0]:
+            dx = ops.bitmask_linear_dx(rows, weight, bits, ctx.scale, ctx.transposed)
+            dx = dx.view(*dout.shape[:-1], dx.shape[-1])
+        if ctx.needs_input_grad[3]:
+            dbias = rows.sum(0)
+        return dx, None, None, dbias, None, None

@@ -1,0 +1,110 @@
+"""What an execution costs, from byte counts and ceilings, and the choice that ``execution="auto"`` makes of it.
+
+Times are of forward + backward of one layer, in seconds. They are estimates for choosing between executions, not
+promises; the ceilings say where they come from, and ``bench/gpu_suite.py`` measures them on a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+# Bytes per weight beside those of the dense operation, with fp32 logits; w = bytes of one weight.
+#   materialize (2w + 4): reads W and S, writes Wm; once per forward, once more in backward where Wm is not kept
+#   logits_grad (2w + 8): reads dWm, W and S, writes dS
+#   in_kernel (4 + 4 + 8): reads S beside W in forward, input gradient and the epilogue that writes dS in place of dWm
+_LOGIT = 4
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """A device's limits: copy bandwidth (bytes read + written per second), matrix rates and mask rate per second."""
+
+    bandwidth: float
+    matrix_16: float  # FLOP/s of bf16 and fp16 products
+    matrix_32: float  # FLOP/s of fp32 products
+    masks: float  # soft masks per second in a kernel's prologue
+    fused: bool = True  # whether there are in_kernel kernels
+
+
+# masks: two special-function operations each (ex2 and rcp), 16 per cycle and multiprocessor on NVIDIA since sm_70
+# (CUDA C++ programming guide, arithmetic throughput), halved because they share issue slots with the product: derived.
+CEILINGS = {
+    # copy and bf16 rate: measured on one H200 and one H100 80GB HBM3 through PyTorch 2.11; fp32: datasheet
+    "H200": Ceilings(4.3e12, 7.9e14, 6.7e13, 9e11),
+    "H100": Ceilings(3.0e12, 8.0e14, 6.7e13, 9e11),
+    # datasheets, at 85 % of peak
+    "B200": Ceilings(6.8e12, 1.9e15, 6.8e13, 1.1e12),
+    "A100": Ceilings(1.7e12, 2.6e14, 1.7e13, 6e11),
+    "MI300X": Ceilings(4.5e12, 1.1e15, 1.4e14, 1.2e12),
+    # any other GPU: an A100's proportions
+    "cuda": Ceilings(1.7e12, 2.6e14, 1.7e13, 6e11),
+    # CPUs have no in_kernel kernels in this version
+    "cpu": Ceilings(4e10, 1e12, 5e11, 2e9, fused=False),
+}
+
+
+@functools.cache
+def ceilings_of(device_type: str, device_name: str = "") -> Ceilings:
+    """The ceilings of a device by its type and the name that torch reports."""
+    for name, ceilings in CEILINGS.items():
+        if name.isupper() and name in device_name.upper():
+            return ceilings
+    return CEILINGS.get(device_type, CEILINGS["cpu"])
+
+
+@functools.cache
+def predict(
+    execution: str, rows: int, in_features: int, out_features: int, itemsize: int, ceilings: Ceilings, kept: bool = True
+) -> float:
+    """Seconds of forward + backward of one masked linear operation on ``rows`` tokens, one logit per weight.
+
+    Args:
+        execution: ``"per_forward"`` or ``"in_kernel"``.
+        rows, in_features, out_features: M, K, N; a convolution has B*OH*OW, C*kh*kw, O.
+        itemsize: bytes of one weight: 2 or 4.
+        ceilings: of the device.
+        kept: whether the masked weight is kept between forward and backward.
+    """
+    weights = in_features * out_features
+    rate = ceilings.matrix_32 if itemsize == 4 else ceilings.matrix_16
+    activations = rows * (in_features + out_features) * itemsize
+    flops = 2 * rows * weights
+
+    def product(weight_bytes: float, masks: float = 0.0) -> float:
+        # Mask arithmetic takes issue slots of the product itself: it adds to the arithmetic, not to the traffic.
+        traffic = (weights * weight_bytes + activations) / ceilings.bandwidth
+        return max(flops / rate + masks / ceilings.masks, traffic)
+
+    if execution == "per_forward":
+        materialize = (2 * itemsize + _LOGIT) * (1 if kept else 2)
+        logits_grad = 2 * itemsize + 2 * _LOGIT
+        return 3 * product(itemsize) + weights * (materialize + logits_grad) / ceilings.bandwidth
+    if execution == "in_kernel":
+        # Every tile of 128 rows computes the masks of its weights again.
+        tiles = -(-rows // 128)
+        operand = product(itemsize + _LOGIT, weights * tiles)
+        return 2 * operand + product(itemsize + 2 * _LOGIT, weights)
+    raise ValueError(f"no cost known for execution {execution!r}")
+
+
+def choose(rows: int | None, weight: torch.Tensor, ceilings: Ceilings, trains: bool, kept: bool = True) -> str:
+    """The execution that is predicted faster for a weight of one logit each.
+
+    Args:
+        rows: tokens, or output positions of a convolution; None where it is not known (while compiling).
+        weight: ``(out, ...)`` or ``(in, out)``; only sizes and dtype are read.
+        ceilings: of the weight's device.
+        trains: whether masks are soft. Hard masks do not change between forwards: a masked weight that is kept makes
+            every forward but the first one a dense one, so they are ``"per_forward"``.
+        kept: whether the masked weight may be kept.
+    """
+    if rows is None or not ceilings.fused or not trains or weight.dim() not in (2, 3, 4):
+        return "per_forward"
+    out_features = weight.shape[0]
+    in_features = weight.numel() // max(out_features, 1)
+    sizes = (rows, in_features, out_features, min(weight.element_size(), 4), ceilings, kept)
+    # per_forward first: it wins a tie.
+    return min(("per_forward", "in_kernel"), key=lambda execution: predict(execution, *sizes))

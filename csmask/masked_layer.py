@@ -1,0 +1,297 @@
+"""``MaskedLayer``: what all masked layers share, from choosing the execution to ablation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ablation, cost, functional, reference
+from .config import EXECUTIONS, PLANNED_EXECUTIONS
+from .masked_weight import MaskedWeight
+
+
+def check_execution(execution: str) -> str:
+    """The execution, if this version has one of that name."""
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {execution!r}")
+    if execution in PLANNED_EXECUTIONS:
+        raise NotImplementedError(
+            f'execution {execution!r} is not in this version; use "auto", "per_forward", "in_kernel" or "reference"'
+        )
+    return execution
+
+
+class MaskedLayer(nn.Module):
+    """What all masked layers share; mixed in before the class of the layer that is masked, by ``mask_layer`` only.
+
+    Attributes:
+        mask_logits: parameter ``S``, fp32: the weight's shape, or ``(units,)`` for unit ``"neuron"``.
+        bias_mask_logits: parameter, fp32, the bias's shape; None where the bias is not masked.
+        temperature: 0-d fp32 buffer ``T``; multiplies the logits.
+        use_masks: False to use the plain dense weights.
+        ablation, ablation_seed: the ablation mode of evaluation and the seed of its draws.
+        execution: when the mask is computed; see ``CircuitConfig``.
+        accumulate: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
+    """
+
+    # Dimension of the weight that counts output units (neurons, filters).
+    unit_dim = 0
+
+    _unmasked_class: type
+    _rebuild: Callable[[type], MaskedLayer]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    mask_logits: nn.Parameter
+    bias_mask_logits: nn.Parameter | None
+    temperature: Tensor
+    mask_unit: str
+    mask_scale: float
+    accumulate: bool
+    layer_index: int
+    masked_weight: MaskedWeight
+    records_l0: bool
+    _execution: str
+    _recorded_l0: Tensor | None
+    use_masks: bool
+    ablation: str
+    ablation_seed: int
+
+    @property
+    def hard(self) -> bool:
+        """Whether the weight mask now in use is the hard one: in evaluation, or while its logits are not trained."""
+        return self.is_hard(self.mask_logits)
+
+    def is_hard(self, logits: Tensor) -> bool:
+        """Whether the mask that these logits give is the hard one; weight and bias logits can be frozen apart."""
+        return not (self.training and logits.requires_grad)
+
+    @property
+    def all_hard(self) -> bool:
+        """Whether no mask of this layer, weight or bias, is soft: what an ablation needs."""
+        return self.hard and (self.bias_mask_logits is None or self.is_hard(self.bias_mask_logits))
+
+    @property
+    def circuit(self) -> Tensor:
+        """Boolean ``S > 0``, shape of ``mask_logits``."""
+        return self.mask_logits.detach() > 0
+
+    @property
+    def unit_logits(self) -> Tensor:
+        """``mask_logits`` in the shape that broadcasts over the weight."""
+        return self._broadcast(self.mask_logits)
+
+    def _broadcast(self, entries: Tensor) -> Tensor:
+        """Entries of the mask unit in the shape that broadcasts over the weight."""
+        if self.mask_unit == "weight":
+            return entries
+        shape = [1] * self.weight.dim()
+        shape[self.unit_dim] = -1
+        return entries.view(shape)
+
+    @property
+    def maskable(self) -> int:
+        """Number of weights (and masked bias terms) that the mask decides about."""
+        return self.weight.numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
+
+    def kept(self) -> int:
+        """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
+        return self.counts()[0]
+
+    def undecided(self) -> int:
+        """Number of weights (and masked bias terms) with ``|T * S| < 4``: their soft mask is neither 0 nor 1."""
+        return self.counts()[1]
+
+    def counts(self) -> tuple[int, int]:
+        """``(kept, undecided)``, in one pass over the logits."""
+        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+        counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
+        if self.bias_mask_logits is not None:
+            counts = counts + self.ops.mask_sums(self.bias_mask_logits.detach(), self.temperature)[1]
+        kept, undecided = counts.tolist()
+        return kept, undecided
+
+    def l0(self) -> Tensor:
+        """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
+        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+        ops = self.ops
+        l0 = ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
+        if self.bias_mask_logits is not None:
+            logits, hard = self._in_use(self.bias_mask_logits), self.is_hard(self.bias_mask_logits)
+            l0 = l0 + ops.l0(logits, self.temperature, hard, self.mask_scale)
+        return l0
+
+    def take_l0(self) -> Tensor:
+        """``l0()``, without a pass over the logits where the last forward, told by ``records_l0``, left the sum."""
+        l0, self._recorded_l0 = self._recorded_l0, None
+        # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
+        if l0 is None or l0.requires_grad != any(p.requires_grad and not self.is_hard(p) for p in self._logits()):
+            return self.l0()
+        return l0
+
+    def _logits(self) -> list[nn.Parameter]:
+        return [p for p in (self.mask_logits, self.bias_mask_logits) if p is not None]
+
+    def _in_use(self, logits: Tensor) -> Tensor:
+        """The logits as forward takes them: a hard mask has no gradient, so evaluation need build no graph."""
+        return logits.detach() if self.is_hard(logits) else logits
+
+    @property
+    def execution(self) -> str:
+        """When the mask is computed: one of ``CircuitConfig``'s values; can be set, which takes effect at once."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: str) -> None:
+        check_execution(execution)
+        self.masked_weight.drop()
+        self._execution = execution
+
+    @property
+    def ops(self) -> Any:
+        """The module whose operations this layer runs: ``functional``, or ``reference`` in plain torch."""
+        return reference if self.execution == "reference" else functional
+
+    def resolve_execution(self, x: Tensor) -> str:
+        """``"per_forward"`` or ``"in_kernel"`` for this input: what ``"auto"`` picks, or the execution itself."""
+        if self.execution != "auto":
+            return self.execution
+        if self.mask_unit != "weight":
+            return "per_forward"
+        device = self.weight.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        ceilings = cost.ceilings_of(device.type, name)
+        # While compiling, the number of rows is a symbol that a choice would pin to one value.
+        rows = None if torch.compiler.is_compiling() else self.rows(x)
+        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep)
+
+    def rows(self, x: Tensor) -> int:
+        """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
+        return x.shape[:-1].numel()
+
+    def mask_arguments(self, x: Tensor) -> dict[str, Any]:
+        """What every masked operation takes besides its input and geometry."""
+        arguments = {
+            "weight": self.weight,
+            "mask_logits": self._broadcast(self._in_use(self.mask_logits)),
+            "temperature": self.temperature,
+            "hard": self.hard,
+            "scale": self.mask_scale,
+        }
+        if self.ops is functional:
+            kept = None if torch.compiler.is_compiling() else self.masked_weight
+            arguments.update(execution=self.resolve_execution(x), kept=kept, accumulate=self.accumulate, return_l0=True)
+        return arguments
+
+    def masked_bias(self) -> tuple[Tensor | None, Tensor | None]:
+        """The bias that the layer adds, masked where the layer masks biases, and then the sum of its mask."""
+        if self.bias is None or self.bias_mask_logits is None:
+            return self.bias, None
+        logits, hard = self._in_use(self.bias_mask_logits), self.is_hard(self.bias_mask_logits)
+        return self.ops.materialize(self.bias, logits, self.temperature, hard, self.mask_scale)
+
+    def _masked_forward(self, x: Tensor) -> Tensor:
+        bias, bias_l0 = self.masked_bias()
+        result = self._masked_op(x, bias=bias, **self.mask_arguments(x))
+        if self.ops is reference:
+            return result
+        out, l0 = result
+        if self.records_l0 and self._recorded_l0 is None:
+            self._recorded_l0 = l0 if bias_l0 is None else l0 + bias_l0
+        return out
+
+    def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
+        raise NotImplementedError
+
+    def hard_masked_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the hard mask: the numbers that evaluation uses."""
+        weight, bias = self.weight, self.bias
+        weight, _ = self.ops.materialize(weight, self.unit_logits, self.temperature, True, self.mask_scale)
+        if bias is not None and self.bias_mask_logits is not None:
+            bias, _ = self.ops.materialize(bias, self.bias_mask_logits, self.temperature, True, self.mask_scale)
+        return weight, bias
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the argument's name in torch.nn
+        if not self.use_masks:
+            return super().forward(input)
+        if self.ablation == "none":
+            return self._masked_forward(input)
+        if not self.all_hard:
+            raise ValueError(
+                f"ablation {self.ablation!r} needs hard masks, but the masks are in training: call .eval() first, "
+                "or set_ablate_mode('none')"
+            )
+        weight, bias = self.ablated_parameters()
+        return self._plain_forward(input, weight, bias)
+
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def ablated_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes."""
+        weight = self._ablate(self.weight, self.circuit, "weight")
+        if self.bias is None or self.bias_mask_logits is None:
+            return weight, self.bias
+        return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
+
+    def _ablate(self, param: Tensor, circuit: Tensor, which: str) -> Tensor:
+        key = (self.ablation, self.ablation_seed, self.layer_index, param.dtype)
+        cached = self._ablation_cache.get(which)
+        # The circuit is compared by content: no way of changing the logits can leave an old draw in use.
+        if cached is None or cached[0] != key or not torch.equal(cached[1], circuit):
+            stream = 2 * self.layer_index + (which == "bias")
+            # Draws outlive this forward: made under inference_mode, they would fail in a later one with gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                circuit = circuit.clone()
+                kept = ablation.kept_entries(self.ablation, circuit, self.ablation_seed, stream)
+                values = None
+                if self.ablation == "random_ablate":
+                    values = ablation.random_values(param.detach(), self.fan_in, self.ablation_seed, stream)
+            cached = self._ablation_cache[which] = (key, circuit, kept, values)
+        kept = self._broadcast(cached[2]) if which == "weight" else cached[2]
+        return torch.where(kept, param, torch.zeros_like(param) if cached[3] is None else cached[3])
+
+    @property
+    def fan_in(self) -> int | None:
+        """Inputs per output unit, for the initialisation's bound."""
+        return math.prod(self.weight.shape[1:])
+
+    def check_complement(self, name: str) -> None:
+        """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""
+        ablation.check_complement(self.circuit, f" in {name}")
+        if self.bias_mask_logits is not None:
+            ablation.check_complement(self.bias_mask_logits.detach() > 0, f" in {name}.bias")
+
+    def clear_ablation_cache(self) -> None:
+        """Drop drawn masks and values."""
+        self._ablation_cache: dict[str, tuple] = {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates."""
+        own = [self.mask_logits, self.bias_mask_logits, self.temperature]
+        own += [p.grad for p in own if p is not None]
+        keep = {id(t) for t in own if t is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in keep and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        self.clear_ablation_cache()
+        self.masked_weight.drop()
+        return super()._apply(move, recurse)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The masked class of a user's subclass is made at run time: rebuild it from the class that it masks.
+        state = dict(self.__dict__, _ablation_cache={}, _recorded_l0=None)
+        return self._rebuild, (self._unmasked_class,), state
+
+    def extra_repr(self) -> str:
+        masked = f"mask_unit={self.mask_unit!r}"
+        if self.bias_mask_logits is not None:
+            masked += ", mask_bias=True"
+        return ", ".join(filter(None, [super().extra_repr(), masked]))
