@@ -17,20 +17,11 @@ from torch import Tensor
 
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import apply_mask, load_temperature, mask_value
+from .masked_linear_persistent import plan_persistent, tile_of
 
 # split_k = 0: chosen by ``fit_config`` from the number of tiles.
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=0)
 REDUCE_BLOCK = 1024
-
-
-@triton.jit
-def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """``(pid_m, pid_n)`` of a program: GROUP_M tiles of M share each tile of the weight while it is in L2."""
-    group = pid // (GROUP_M * tiles_n)
-    first = group * GROUP_M
-    rows = tl.minimum(tiles_m - first, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return first + within % rows, within // rows
 
 
 @triton.jit
@@ -40,8 +31,8 @@ def _load_mask(
 ):  # fmt: skip
     """The fp32 mask ``(BLOCK_N, BLOCK_K)`` of the weights from ``(n0, k0)`` on; arbitrary where the tile hangs over.
 
-    MASK says what ``s_ptr`` holds: "logits" with their strides, or bits, for which the strides give the flat index of a
-    weight. "bits" loads a word per weight; "words_k" and "words_n" load each word once, 32 weights along that dimension.
+    MASK says what ``s_ptr`` holds: "logits" with their strides, or bits, for which the strides give a weight's flat
+    index. "bits" loads a word per weight; "words_k" and "words_n" load each word once, 32 weights along that dimension.
     """
     offs_n = (n0 + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     offs_k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
@@ -91,10 +82,7 @@ def _masked_linear_fwd_kernel(
         temperature = load_temperature(t_ptr)
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), dtype=tl.float32)
     l0 = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for k0 in range(begin, end, BLOCK_K):
         offs_k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
@@ -106,19 +94,17 @@ def _masked_linear_fwd_kernel(
             s_ptr, pid_n * BLOCK_N, k0, N, K, stride_sn, stride_sk, temperature, scale,
             MASK, HARD, SCALED, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if COUNT:
-            if pid_m == 0:
-                # A logit that is not there was loaded as 0, which a soft mask takes for 1/2: it must not count.
-                l0 += tl.sum(tl.where(w_inside, mask, 0.0), axis=1)
+        if COUNT and pid_m == 0:
+            # A logit that is not there was loaded as 0, which a soft mask takes for 1/2: it must not count.
+            l0 += tl.sum(tl.where(w_inside, mask, 0.0), axis=1)
         wm = apply_mask(w, mask, HARD).to(x.dtype)
         if SWAP:
             acc = tl.dot(wm, tl.trans(x), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(x, tl.trans(wm), acc, input_precision=PRECISION)
 
-    if COUNT:
-        if pid_m == 0:
-            tl.store(l0_ptr + pid_n * SPLIT_K + split, tl.sum(l0))
+    if COUNT and pid_m == 0:
+        tl.store(l0_ptr + pid_n * SPLIT_K + split, tl.sum(l0))
     if SWAP:
         acc = tl.trans(acc)
     if HAS_BIAS:
@@ -223,9 +209,12 @@ def plan(
     target: Target,
     config: GemmConfig,
 ) -> tuple[list[Launch], Tensor | None]:
-    """The launches of ``out[M, N] = x[M, K] (weight * mask)[N, K]^T + bias`` and the l0 partials where ``count``."""
+    """The launches of ``out[M, N] = x[M, K] (weight * mask)[N, K]^T + bias`` and the l0 partials where ``count``.
+
+    The persistent form (which does not split K) is taken where the config asks for it and target and tensors have it.
+    """
     (m, k), n = x.shape, weight.shape[0]
-    splits = config.split_k
+    splits = 1 if config.persistent else config.split_k
     tiles_m, tiles_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
     # Without a token there is no tile, but the mask is still counted.
     tiles_m = max(tiles_m, 1) if count else tiles_m
@@ -244,6 +233,10 @@ def plan(
         "SPLIT_K": splits, "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
+    if config.persistent and (target.has_descriptors or target.backend == "interpreter") and not mask.is_bits:
+        launch = plan_persistent(x, weight, mask.source, out, arguments, constants, target, config)
+        if launch is not None:
+            return [launch], l0
     grid = (tiles_m * tiles_n, splits)
     launches = [Launch(_masked_linear_fwd_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
     if partial is not None:
