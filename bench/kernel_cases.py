@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from csmask_kernels import logits_grad, materialize
+from csmask_kernels import bitmask, logits_grad, materialize, philox, scale_neurons
 from csmask_kernels.launch import Launch, Target
 
 Case = tuple[str, Launch]
@@ -28,7 +28,10 @@ def materialize_cases(target: Target) -> Iterator[Case]:
             name = f"materialize {'hard' if hard else 'soft'} {dtype}"
             yield name, materialize.plan(weight, logits, TEMPERATURE, hard, 1.0, weight, hard, target)[0]
     weight = empty(4096, 4096)
-    yield "materialize transposed", materialize.plan(weight.t(), logits, TEMPERATURE, False, 1.5, weight.t(), True, target)[0]
+    yield (
+        "materialize transposed",
+        materialize.plan(weight.t(), logits, TEMPERATURE, False, 1.5, weight.t(), True, target)[0],
+    )
     neuron = empty(4096, 1, dtype=torch.float32).expand(4096, 4096)
     yield "materialize neuron", materialize.plan(weight, neuron, TEMPERATURE, False, 1.0, weight, False, target)[0]
     yield "mask_sums", materialize.plan(None, logits, TEMPERATURE, False, 1.0, None, True, target)[0]
@@ -43,13 +46,72 @@ def logits_grad_cases(target: Target) -> Iterator[Case]:
             name = f"logits_grad {'add' if add else 'write'} {dtype}"
             yield name, logits_grad.plan(w, w, logits, TEMPERATURE, dl0, 1.0, logits, add, target)
     w = empty(4096, 4096)
-    yield "logits_grad transposed", logits_grad.plan(w.t(), w.t(), logits, TEMPERATURE, None, 1.5, logits, False, target)
+    yield (
+        "logits_grad transposed",
+        logits_grad.plan(w.t(), w.t(), logits, TEMPERATURE, None, 1.5, logits, False, target),
+    )
     for shape in ((4096, 1), (1, 4096)):
         unit = empty(*shape, dtype=torch.float32)
         yield f"logits_grad unit {shape}", logits_grad.plan(w, w, unit, TEMPERATURE, dl0, 1.0, unit, False, target)
 
 
-FAMILIES = (materialize_cases, logits_grad_cases)
+def scale_neurons_cases(target: Target) -> Iterator[Case]:
+    """Units contiguous (a linear layer's output, channels-last), strided (channels-first), and layouts that differ."""
+    dl0 = empty(dtype=torch.float32)
+    shapes = {"linear": empty(8192, 4096), "odd linear": empty(8192, 769), "images": empty(64, 256, 56, 56)}
+    shapes["channels-last"] = shapes["images"].to(memory_format=torch.channels_last)
+    zs = {f"{name} {z.dtype}": z for name, z in shapes.items()}
+    zs.update({f"linear {dtype}": empty(8192, 4096, dtype=dtype) for dtype in (torch.float16, torch.float32)})
+    for name, z in zs.items():
+        logits = empty(z.shape[1], dtype=torch.float32)
+        for hard in (False, True):
+            what = f"{name} {'hard' if hard else 'soft'}"
+            bias, scale = (None, 1.0) if hard else (empty(z.shape[1]), 1.5)
+            mask = (z, logits, TEMPERATURE, bias, hard, scale, 1)
+            yield f"scale_neurons {what}", scale_neurons.plan(*mask, torch.empty_like(z), target)
+            arguments = (z, logits, TEMPERATURE, dl0, hard, scale, 1, 9, torch.empty_like(z), logits, target)
+            launches = scale_neurons.plan_grad(z, *arguments)
+            yield f"scale_neurons_grad {what}", launches[0]
+            if len(launches) > 1:
+                yield f"scale_neurons_grad {what} dlogits", launches[1]
+    z, dout = shapes["channels-last"], shapes["images"]
+    arguments = (z, empty(256, dtype=torch.float32), TEMPERATURE, None, False, 1.0, 1, 1, torch.empty_like(z))
+    launches = scale_neurons.plan_grad(dout, *arguments, empty(256, dtype=torch.float32), target)
+    yield "scale_neurons_grad mixed layouts", launches[0]
+    yield "scale_neurons_grad without dl0", launches[1]
+
+
+def bitmask_cases(target: Target) -> Iterator[Case]:
+    """Every op; the masked weight in logical order and strided, scaled, and past 2**31 entries."""
+    bits = empty(4096 * 4096 // 32, dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"pack_mask {dtype}", bitmask.plan_pack(empty(4096, 4096, dtype=dtype), bits, target)
+    yield "unpack_mask", bitmask.plan_unpack(bits, empty(4096, 4096, dtype=torch.int8), target)
+    yield "popcount", bitmask.plan_popcount(bits, target)[0]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for scale in (1.0, 1.5):
+            w = empty(4096, 4096, dtype=dtype)
+            yield f"apply_bitmask {dtype} {scale}", bitmask.plan_apply(w, bits, scale, w, target)
+    w = empty(4096, 4096).t()
+    yield "apply_bitmask transposed", bitmask.plan_apply(w, bits, 1.0, w, target)
+    w = empty(512, 512, 3, 3).to(memory_format=torch.channels_last)
+    yield "apply_bitmask channels-last", bitmask.plan_apply(w, bits, 1.5, w, target)
+    huge = empty(1 << 16, (1 << 16) + 1)
+    yield "pack_mask huge", bitmask.plan_pack(huge, bits, target)
+    yield "apply_bitmask huge", bitmask.plan_apply(huge, bits, 1.0, huge, target)
+
+
+def philox_cases(target: Target) -> Iterator[Case]:
+    """Every kind and dtype; a count past 2**32 blocks."""
+    draw = (2**32 - 1, 2**31, 3, 2)
+    yield "philox words", philox.plan(empty(4096, 4096, dtype=torch.int64), "words", *draw, 1.0, target)
+    for kind in ("uniform", "normal"):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield f"philox {kind} {dtype}", philox.plan(empty(4096, 4096, dtype=dtype), kind, *draw, 0.02, target)
+    yield "philox huge", philox.plan(empty(1 << 17, 1 << 18), "uniform", *draw, 0.02, target)
+
+
+FAMILIES = (materialize_cases, logits_grad_cases, scale_neurons_cases, bitmask_cases, philox_cases)
 
 
 def cases(target: Target) -> Iterator[Case]:

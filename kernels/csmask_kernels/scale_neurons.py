@@ -20,10 +20,11 @@ from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse
 from .mask import apply_mask, load_temperature, mask_value, soft_mask_derivative
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=4)
+DEFAULT_GRAD_CONFIG = ElementwiseConfig(block=2048, num_warps=4)
 # Longest side of a tile along the contiguous dimension: 512 bytes or more in a row, and little waste at odd sizes.
 _LONGEST_SIDE = 256
-# Programs per multiprocessor: all resident at once (compiled for sm_90 with Triton 3.9: at most 64 registers).
-_PROGRAMS = 8
+# Programs per multiprocessor: all resident at once (compiled for sm_90 with Triton 3.9: at most 80 registers a thread).
+_PROGRAMS = 6
 _PARTIALS_BLOCK_U, _PARTIALS_BLOCK_P = 64, 32
 
 
@@ -224,7 +225,7 @@ def plan_grad(
     config: ElementwiseConfig | None = None,
 ) -> list[Launch]:
     """The launch that writes ``dz``, laid out as ``empty_like(z)``, and for soft masks the one of ``dlogits``."""
-    config = config or get_config("scale_neurons_grad", target, z.numel(), DEFAULT_CONFIG)
+    config = config or get_config("scale_neurons_grad", target, z.numel(), DEFAULT_GRAD_CONFIG)
     walk, (dz, dout, z) = _walk_or_copy(dim, config.block, target, dz, dout, z)
     partials = torch.empty((0 if hard else walk.shares, walk.units), dtype=torch.float32, device=z.device)
     shared: dict[str, Any] = {
