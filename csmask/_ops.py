@@ -29,7 +29,8 @@ SCHEMAS = {
         "materialize",
     ),
     "mask_sums": (
-        "(Tensor mask_logits, Tensor temperature, bool hard, float scale, int weights_per_logit) -> (Tensor, Tensor)",
+        "(Tensor mask_logits, Tensor temperature, bool hard, float scale, int weights_per_logit, bool counts=True)"
+        " -> (Tensor, Tensor)",
         "materialize",
     ),
     "logits_grad": (f"(Tensor dmasked_weight, {_MASK}, Tensor? dl0, float scale) -> Tensor", "logits_grad"),
@@ -165,6 +166,22 @@ def _materialize_cpu(
     return _plain.like(out, weight), torch.tensor(l0, dtype=torch.float32), counted
 
 
+def _mask_sums_cpu(
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    weights_per_logit: int,
+    counts: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """By the kernel of ``materialize``, whose sum is then this one to the bit, over a weight that does not matter."""
+    if cpu_kernels is None or mask_logits.dtype != torch.float32 or not mask_logits.numel():
+        return _plain.OPS["mask_sums"](mask_logits, temperature, hard, scale, weights_per_logit, counts)
+    _, l0, _ = _materialize_cpu(mask_logits, mask_logits, temperature, hard, scale, torch.bfloat16)
+    counted = _plain.counts_of(mask_logits, mask_logits, temperature, counts)
+    return l0 * weights_per_logit, counted * weights_per_logit
+
+
 def _inner_size(weight: Tensor, mask_logits: Tensor) -> int:
     """How many consecutive weights of the contiguous weight share one logit."""
     if mask_logits.shape == weight.shape:
@@ -186,6 +203,7 @@ for _name, (_schema, _) in SCHEMAS.items():
     _LIBRARY.impl(_name, _without_grad(_plain.OPS[_name]), "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _run_triton(_name), "CUDA")
 _LIBRARY.impl("materialize", _without_grad(_materialize_cpu), "CPU")
+_LIBRARY.impl("mask_sums", _without_grad(_mask_sums_cpu), "CPU")
 
 
 # Shapes, dtypes and layouts of the results: the same on every device
@@ -218,8 +236,15 @@ def _l0_fake(weight: Tensor, mask_logits: Tensor) -> Tensor:
 
 
 @_fake("mask_sums")
-def _mask_sums_fake(mask_logits: Tensor, *_mask: Any) -> tuple[Tensor, Tensor]:
-    return _l0_fake(mask_logits, mask_logits), mask_logits.new_empty(2, dtype=torch.int64)
+def _mask_sums_fake(
+    mask_logits: Tensor,
+    _temperature: Tensor,
+    _hard: bool,
+    _scale: float,
+    _weights_per_logit: int,
+    counts: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return _l0_fake(mask_logits, mask_logits), mask_logits.new_empty(2 if counts else 0, dtype=torch.int64)
 
 
 @_fake("logits_grad")

@@ -42,6 +42,20 @@ def _materialize(
     return like(masked_weight, weight), l0, counts_of(weight, mask_logits, temperature, counts)
 
 
+def _mask_sums(
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    weights_per_logit: int,
+    counts: bool = True,
+) -> tuple[Tensor, Tensor]:
+    if not counts:
+        l0 = reference.l0(mask_logits, temperature, hard, scale, weights_per_logit)
+        return l0, torch.empty(0, dtype=torch.int64, device=mask_logits.device)
+    return reference.mask_sums(mask_logits, temperature, hard, scale, weights_per_logit)
+
+
 def _logits_grad(dmasked_weight: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any) -> Tensor:
     return like(reference.logits_grad(dmasked_weight, weight, mask_logits, *mask), mask_logits)
 
@@ -160,7 +174,7 @@ def _adding(name: str) -> Callable[..., None]:
 
 OPS: dict[str, Callable[..., Any]] = {
     "materialize": _materialize,
-    "mask_sums": reference.mask_sums,
+    "mask_sums": _mask_sums,
     "logits_grad": _logits_grad,
     "logits_grad_": _adding("logits_grad"),
     "masked_linear": _masked_linear,

@@ -24,7 +24,7 @@ class MaskSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(mask_logits, temperature)
         ctx.hard, ctx.scale, ctx.weights_per_logit = hard, scale, weights_per_logit
-        l0, _ = ops.mask_sums(mask_logits, temperature, hard, scale, weights_per_logit)
+        l0, _ = ops.mask_sums(mask_logits, temperature, hard, scale, weights_per_logit, False)
         if hard:
             ctx.mark_non_differentiable(l0)
         return l0
@@ -140,6 +140,8 @@ class MaskedOp(torch.autograd.Function):
         x, weight, mask_logits, temperature = ctx.saved_tensors
         mask = (weight, mask_logits, temperature)
         dx = dweight = dlogits = dbias = None
+        if ctx.kept is not None:
+            ctx.kept.note_backward()
         if dout is None:
             if ctx.needs_dweight:
                 dweight, dlogits = _weight_and_logits_grads(ctx, None, *mask, dl0)
@@ -266,7 +268,7 @@ class NeuronOp(torch.autograd.Function):
         logits = mask_logits.flatten()
         out = ops.scale_neurons(unscaled, logits, temperature, bias, False, scale, _unit_dim(geometry, unscaled))
         per_logit = reference.weights_per_logit(weight, mask_logits)
-        return out, ops.mask_sums(logits, temperature, False, scale, per_logit)[0]
+        return out, ops.mask_sums(logits, temperature, False, scale, per_logit, False)[0]
 
     @staticmethod
     @once_differentiable

@@ -18,6 +18,7 @@ from .config import L0_REDUCTIONS, CircuitConfig
 from .functional import check_temperature
 from .layers import MaskedLayer, check_execution
 from .loss import add_to_loss, gives_labels
+from .masked_weight import KEEP_MODES
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers
 from .surgery import (
@@ -226,17 +227,19 @@ class CircuitModel(nn.Module):
         if names is None:
             self.circuit_config.execution = execution
 
-    def keep_masked_weights(self, flag: bool) -> None:
-        """Whether ``"per_forward"`` layers keep their masked weight while logits and temperature are unchanged.
+    def keep_masked_weights(self, when: str) -> None:
+        """When ``"per_forward"`` layers keep their masked weight from one use to the next; frees what is kept now.
 
-        Kept (the default), backward and further micro-batches find what forward made, for one masked weight more in
-        memory (2 bytes per weight in bf16). Not kept, it is made anew at each use. What is kept now is freed in either
-        case.
+        Args:
+            when: ``"training"`` (the default): backward and the following micro-batches find what forward made, for one
+                masked weight more in memory (2 bytes per weight in bf16). ``"always"``: in evaluation too, which then
+                costs what the dense model costs; after writing to ``mask_logits.data`` by hand, call this again.
+                ``"never"``: made anew at each use.
         """
-        if not isinstance(flag, bool):
-            raise TypeError(f"flag must be True or False, got {flag!r}")
+        if when not in KEEP_MODES:
+            raise ValueError(f"when must be one of {', '.join(map(repr, KEEP_MODES))}, got {when!r}")
         for layer in self.masked_layers.values():
-            layer.masked_weight.keep = flag
+            layer.masked_weight.keep = when
             layer.masked_weight.drop()
 
     def accumulate_in_kernel(self, flag: bool) -> None:

@@ -31,10 +31,11 @@ class MaskedLinear(MaskedLayer):
         return self.ops.masked_linear(x, transposed=self.transposed, **arguments)
 
     def _can_pack(self) -> bool:
-        return self.mask_unit == "weight" and not self.weight.requires_grad and not torch.compiler.is_compiling()
+        keeps = self.masked_weight.keep == "always" and not torch.compiler.is_compiling()
+        return keeps and self.mask_unit == "weight" and not self.weight.requires_grad
 
     def _bitmask_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Evaluation ``in_kernel``: the hard mask in one bit per weight, packed anew when the logits have changed."""
+        """Evaluation in 1/8 byte per weight, not 4: the hard mask is packed, anew when the logits have changed."""
         bits = self.masked_weight.get_bits(self.mask_logits)
         scale, transposed = self.mask_scale, self.transposed
         return functional.bitmask_linear(x, self.weight, bits, bias, scale=scale, transposed=transposed)

@@ -166,7 +166,7 @@ class MaskedLayer(nn.Module):
         ceilings = cost.ceilings_of(device.type, name)
         # While compiling, the number of rows is a symbol that a choice would pin to one value.
         rows = None if torch.compiler.is_compiling() else self.rows(x)
-        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep)
+        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""

@@ -118,8 +118,8 @@ def oracle_and_budget(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What ``run`` gives for the reference: in fp64, and in the dtype of the inputs.
 
-    With one logit per neuron the reference has two formulas, a masked weight and a scaled output. They are equal but for
-    rounding; the second is the one that ``functional`` computes, so its error is the budget.
+    With one logit per neuron the reference has two formulas, a masked weight and a scaled output. They are equal but
+    for rounding; the second is the one that ``functional`` computes, so its error is the budget.
     """
     oracle = run(reference, op, to_fp64(inputs), temperature, **options)
     logits, weight = inputs["mask_logits"], inputs["weight"]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import BertForQuestionAnswering
 from transformers.pytorch_utils import Conv1D
 
-from csmask import CircuitConfig, CircuitModel, _ops, functional
+from csmask import CircuitConfig, CircuitModel, functional
+from csmask._ops import ops
 from csmask.layers import MaskedLayer
 
 
@@ -250,10 +251,6 @@ def test_the_loss_gains_exactly_the_l0_term_in_train_mode_and_nothing_in_eval(na
     circuit, without = make_circuit(tiny, l0_lambda=l0_lambda), make_circuit(tiny, l0_lambda=l0_lambda, add_l0=False)
     by_hand = sum(torch.sigmoid(p.detach()).sum() for p in circuit.mask_parameters())
     torch.testing.assert_close(circuit.l0(), by_hand, rtol=1e-6, atol=0)
-    # The sum comes from forward's own kernels, which add in another order than l0() does.
-    with_l0, bare = circuit(**batch).loss, without(**batch).loss
-    torch.testing.assert_close(with_l0, bare + l0_lambda * circuit.l0(), rtol=1e-6, atol=0)
-    circuit.set_execution("reference")
     assert circuit(**batch).loss == without(**batch).loss + l0_lambda * circuit.l0()
     assert circuit(**batch)["loss"] == circuit(**batch).loss == circuit(**batch)[0]
     assert circuit(**batch).loss > without(**batch).loss
@@ -676,8 +673,8 @@ def test_operators_pass_opcheck(case, dtype):
 def test_the_operators_are_what_a_masked_layer_calls(monkeypatch):
     """The tests of numbers would pass on plain torch; the default execution must run the operators."""
     calls = []
-    original = _ops.materialize
-    monkeypatch.setattr(_ops, "materialize", lambda *args: calls.append(args[0].shape) or original(*args))
+    original = ops.materialize
+    monkeypatch.setattr(ops, "materialize", lambda *args: calls.append(args[0].shape) or original(*args))
     circuit = make_circuit(MODELS["plain"], target_layers="hidden", randomize=False)
     circuit(**MODELS["plain"].batch(0))
     assert calls == [(8, 30)]

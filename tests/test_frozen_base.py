@@ -59,11 +59,16 @@ def loss_and_gradients(circuit: CircuitModel, batch: dict) -> tuple[torch.Tensor
 
 
 def assert_same_gradients(tiny: TinyModel, use_reentrant: bool, gradients: list, expected: list) -> None:
-    """To the bit; but reentrant blocks add up the gradients of BART's encoder output in another order."""
+    """To the bit without reentrant blocks.
+
+    Those run forward without gradients, so the l0 term's gradient is added by a kernel of its own, rounded once more;
+    and they add up the gradients of BART's encoder output in another order.
+    """
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert gradient is not None
-        if tiny.name == "bart" and use_reentrant:
-            torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+        if use_reentrant:
+            rtol = 1e-4 if tiny.name == "bart" else 1e-6
+            torch.testing.assert_close(gradient, wanted, rtol=rtol, atol=rtol / 10 * wanted.abs().max().item())
         else:
             assert torch.equal(gradient, wanted)
 
@@ -129,7 +134,7 @@ def test_checkpointing_without_inputs_that_require_grad():
     enable_checkpointing(circuit, use_reentrant=True)
     loss, gradients = loss_and_gradients(circuit, inputs)
     assert torch.equal(loss, expected_loss)
-    assert all(g is not None and torch.equal(g, e) for g, e in zip(gradients, expected, strict=True))
+    assert_same_gradients(tiny, True, gradients, expected)
 
 
 def test_checkpointing_every_other_block_and_off_again():

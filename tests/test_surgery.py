@@ -235,7 +235,6 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
         (CircuitConfig(target_layers="all"), PlainModel, TypeError, "model must be a torch.nn.Module, got type"),
         (PlainModel(), CircuitConfig(target_layers="all"), TypeError, "config must be a CircuitConfig"),
         (CircuitConfig(target_layers="all", execution="per_step"), PlainModel(), NotImplementedError, "per_step"),
-        (CircuitConfig(target_layers="all", execution="in_kernel"), PlainModel(), NotImplementedError, "in_kernel"),
     ],
 )
 def test_arguments_that_are_not_what_they_should_be(config, model, error, text):

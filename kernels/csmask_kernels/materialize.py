@@ -120,12 +120,16 @@ def mask_sums(
     hard: bool,
     scale: float,
     weights_per_logit: int,
+    counts: bool = True,
     config: ElementwiseConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See ``csmask.reference.mask_sums``: l0 (0-d fp32) and int64 ``(kept, undecided)``, all counted in weights."""
+    """See ``csmask.reference.mask_sums``: l0 (0-d fp32) and int64 ``(kept, undecided)``, all counted in weights.
+
+    Without ``counts`` the second result is empty.
+    """
     check_supported(mask_logits=mask_logits)
-    launch, l0, counted = plan(
-        None, mask_logits, temperature, hard, scale, None, True, target_of(mask_logits), config
-    )
+    target = target_of(mask_logits)
+    launch, l0, counted = plan(None, mask_logits, temperature, hard, scale, None, counts, target, config)
     run(mask_logits.device, launch)
-    return l0.sum() * weights_per_logit, counted.sum(1) * weights_per_logit
+    kept_undecided = counted.sum(1) * weights_per_logit if counts else counted.new_empty(0, dtype=torch.int64)
+    return l0.sum() * weights_per_logit, kept_undecided
