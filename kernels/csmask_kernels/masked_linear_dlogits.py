@@ -1,4 +1,4 @@
-"""``masked_linear_dlogits``: ``dS = (dY^T X * W + g) * scale * T * m * (1 - m)`` of a masked linear layer in one kernel.
+"""``masked_linear_dlogits``: ``dS = (dY^T X * W + g) * scale * T * m * (1 - m)`` of a masked linear layer, in one.
 
 The gradient ``dWm = dY^T X`` of the masked weight lives in registers only: each program makes a tile of it and turns it
 into a tile of ``dS``, which is written, or added to a gradient that is there.
@@ -39,24 +39,18 @@ def _tile_of(tile, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl
 @triton.jit
 def _halves(tile):
     """The left and the right half of a tile's columns; no element leaves its thread."""
-    R: tl.constexpr = tile.shape[0]
-    HALF: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(tile, (R, 2, HALF)), (0, 2, 1)))
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _pieces(tile, SUBTILES: tl.constexpr):
     """A tuple of 1, 2 or 4 pieces of a tile, from left to right: W and S of a whole one would spill registers."""
-    if SUBTILES == 1:
-        pieces = (tile,)
-    elif SUBTILES == 2:
-        left, right = _halves(tile)
-        pieces = (left, right)
-    else:
-        left, right = _halves(tile)
-        first, second = _halves(left)
-        third, fourth = _halves(right)
-        pieces = (first, second, third, fourth)
+    tl.static_assert(SUBTILES == 1 or SUBTILES == 2 or SUBTILES == 4)
+    pieces = (tile,)
+    if SUBTILES >= 2:
+        pieces = _halves(tile)
+    if SUBTILES == 4:
+        pieces = _halves(pieces[0]) + _halves(pieces[1])
     return pieces
 
 
@@ -116,6 +110,40 @@ def _masked_linear_dlogits_kernel(
         tl.store(out, ds, mask=inside)
 
 
+@triton.jit
+def _masked_linear_dlogits_persistent_kernel(
+    left_desc, right_desc, w_desc, s_desc, out_desc, t_ptr, dl0_ptr, scale, M, R, C,
+    HAS_DL0: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, REDUCE: tl.constexpr, PRECISION: tl.constexpr,
+    SUBTILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """As ``_masked_linear_dlogits_kernel``, with bulk copies; each program makes every so many-th tile.
+
+    Where ADD, a bulk copy adds the tile to dS in L2 (REDUCE), so that dS is never read into registers. Each element has
+    one owner and one sum, so the result is the same at every run. The interpreter cannot do that: it loads and stores.
+    """
+    WIDTH: tl.constexpr = BLOCK_C // SUBTILES
+    temperature = load_temperature(t_ptr)
+    tiles = tl.cdiv(R, BLOCK_R) * tl.cdiv(C, BLOCK_C)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        row, column = _tile_of(tile, R, C, BLOCK_R, BLOCK_C, GROUP)
+        acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+        for start in range(0, M, BLOCK_M):
+            a = left_desc.load([start, row])
+            b = right_desc.load([start, column])
+            acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        pieces = _pieces(acc, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            w = w_desc.load([row, column + i * WIDTH])
+            s = s_desc.load([row, column + i * WIDTH])
+            ds = _logits_gradient(pieces[i], w, s, temperature, dl0_ptr, scale, HAS_DL0, SCALED)
+            if ADD and REDUCE:
+                out_desc.atomic_add([row, column + i * WIDTH], ds)
+            else:
+                if ADD:
+                    ds += out_desc.load([row, column + i * WIDTH])
+                out_desc.store([row, column + i * WIDTH], ds)
+
+
 def plan(
     dout: Tensor,
     x: Tensor,
@@ -135,22 +163,79 @@ def plan(
     if out.stride(0) < out.stride(1):
         left, right, weight, mask_logits, out = right, left, weight.t(), mask_logits.t(), out.t()
     tokens, rows, columns = len(left), *out.shape
-    config = _fitting(config or get_config("masked_linear_dlogits", target, tokens, DEFAULT_CONFIG), x.dtype, tokens)
-    arguments: dict[str, Any] = {
-        "left_ptr": left, "right_ptr": right, "w_ptr": weight, "s_ptr": mask_logits, "out_ptr": out,
-        "t_ptr": temperature, "dl0_ptr": dl0, "scale": scale, "M": tokens, "R": rows, "C": columns,
-    }  # fmt: skip
-    for name, tensor in (("l", left), ("r", right)):
-        arguments.update({f"stride_{name}m": tensor.stride(0), f"stride_{name}{'rc'[name == 'r']}": tensor.stride(1)})
-    for name, tensor in (("w", weight), ("s", mask_logits), ("out", out)):
-        arguments.update({f"stride_{name}r": tensor.stride(0), f"stride_{name}c": tensor.stride(1)})
-    constants = {
+    config = _for_dtype(config or _config(target, tokens, rows, columns), x.dtype)
+    arguments: dict[str, Any] = {"t_ptr": temperature, "dl0_ptr": dl0, "scale": scale}
+    arguments.update(M=tokens, R=rows, C=columns)
+    constants: dict[str, Any] = {
         "HAS_DL0": dl0 is not None, "SCALED": scale != 1.0, "ADD": add, "PRECISION": _precision(target),
+    }  # fmt: skip
+    if config.persistent:
+        if _can_describe(target, left, right, weight, mask_logits, out):
+            return _plan_persistent(left, right, weight, mask_logits, out, arguments, constants, target, config)
+        config = _for_dtype(DEFAULT_CONFIG, x.dtype)
+    arguments.update(
+        left_ptr=left, right_ptr=right, w_ptr=weight, s_ptr=mask_logits, out_ptr=out,
+        stride_lm=left.stride(0), stride_lr=left.stride(1), stride_rm=right.stride(0), stride_rc=right.stride(1),
+        stride_wr=weight.stride(0), stride_wc=weight.stride(1), stride_sr=mask_logits.stride(0),
+        stride_sc=mask_logits.stride(1), stride_outr=out.stride(0), stride_outc=out.stride(1),
+    )  # fmt: skip
+    constants.update(_blocks(config))
+    grid = (_tiles(config, rows, columns),)
+    return Launch(_masked_linear_dlogits_kernel, grid, arguments, constants, config.num_warps, config.num_stages)
+
+
+def _plan_persistent(
+    left: Tensor,
+    right: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    out: Tensor,
+    arguments: dict[str, Any],
+    constants: dict[str, Any],
+    target: Target,
+    config: GemmConfig,
+) -> Launch:
+    """The persistent form's launch: tensor descriptors, and as many programs as run at once."""
+    piece = [config.block_m, config.block_n // config.subtiles]
+    arguments.update(
+        left_desc=TensorDescriptor.from_tensor(left, [config.block_k, config.block_m]),
+        right_desc=TensorDescriptor.from_tensor(right, [config.block_k, config.block_n]),
+        w_desc=TensorDescriptor.from_tensor(weight, piece),
+        s_desc=TensorDescriptor.from_tensor(mask_logits, piece),
+        out_desc=TensorDescriptor.from_tensor(out, piece),
+    )
+    constants.update(_blocks(config), REDUCE=target.has_descriptors)
+    # Two programs of 4 warps fit a multiprocessor: the one's epilogue runs beside the other's products.
+    at_once = target.multiprocessors * max(1, 8 // config.num_warps)
+    grid = (min(at_once, _tiles(config, *out.shape)),)
+    kernel = _masked_linear_dlogits_persistent_kernel
+    return Launch(kernel, grid, arguments, constants, config.num_warps, config.num_stages)
+
+
+def _can_describe(target: Target, *tensors: Tensor) -> bool:
+    """Whether the target has host tensor descriptors, each tensor can have one, and the last, dS, is fp32."""
+    return (
+        (target.has_descriptors or target.backend == "interpreter")
+        and tensors[-1].dtype == torch.float32
+        and all(
+            t.numel() > 0
+            and t.stride(1) == 1
+            and t.stride(0) * t.element_size() % 16 == 0
+            and (t.is_meta or t.data_ptr() % 16 == 0)
+            for t in tensors
+        )
+    )
+
+
+def _blocks(config: GemmConfig) -> dict[str, int]:
+    return {
         "SUBTILES": config.subtiles, "BLOCK_M": config.block_k, "BLOCK_R": config.block_m, "BLOCK_C": config.block_n,
         "GROUP": config.group_m,
     }  # fmt: skip
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-    return Launch(_masked_linear_dlogits_kernel, (tiles,), arguments, constants, config.num_warps, config.num_stages)
+
+
+def _tiles(config: GemmConfig, rows: int, columns: int) -> int:
+    return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
 
 
 def _precision(target: Target) -> str:
@@ -160,8 +245,43 @@ def _precision(target: Target) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _fitting(config: GemmConfig, dtype: torch.dtype, tokens: int) -> GemmConfig:
+def _config(target: Target, tokens: int, rows: int, columns: int) -> GemmConfig:
+    """The config for so many tokens, its tile halved while a small weight leaves multiprocessors without one."""
+    config = get_config("masked_linear_dlogits", target, tokens, DEFAULT_CONFIG)
+    while _tiles(config, rows, columns) < target.multiprocessors and max(config.block_m, config.block_n) > 64:
+        wide = config.block_n >= config.block_m
+        half = {"block_n": config.block_n // 2} if wide else {"block_m": config.block_m // 2}
+        config = dataclasses.replace(config, **half)
     return config
+
+
+def _for_dtype(config: GemmConfig, dtype: torch.dtype) -> GemmConfig:
+    """The config for operands of this dtype: fp32 ones take twice the memory, and registers for their TF32 parts."""
+    if dtype != torch.float32:
+        return config
+    large = config.block_m * config.block_n > 64 * 128
+    return dataclasses.replace(
+        config,
+        block_m=min(config.block_m, 128),
+        block_n=min(config.block_n, 128),
+        block_k=min(config.block_k, 32),
+        subtiles=4 if large else config.subtiles,
+        num_warps=8 if large else config.num_warps,
+        persistent=False,
+    )
+
+
+def candidate_configs(target: Target, m: int, n: int, k: int) -> list[GemmConfig]:
+    """Configs worth measuring for m tokens and a weight of n x k: at most ten, none of which spills registers."""
+    stages = 2 if target.backend == "hip" else 3
+    step = min(64, max(16, triton.next_power_of_2(m)))
+    few = [
+        GemmConfig(r, c, step, subtiles=s, num_stages=stages) for r, c, s in ((64, 64, 1), (64, 128, 2), (128, 64, 1))
+    ]
+    if m <= 64:
+        return few
+    large = [GemmConfig(128, 128, step, subtiles=4, num_warps=8, num_stages=s) for s in (stages, stages)]
+    return few + large
 
 
 def masked_linear_dlogits(
@@ -175,7 +295,7 @@ def masked_linear_dlogits(
     transposed: bool,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """``csmask.reference.logits_grad`` of ``dWm = dout^T x`` (``x^T dout`` when ``transposed``), which is never written.
+    """``csmask.reference.logits_grad`` of ``dWm = dout^T x`` (``x^T dout`` when ``transposed``), never written.
 
     Args:
         dout: gradient of the output, (M, N), any strides.
