@@ -159,7 +159,7 @@ def _walk(dim: int, block: int, target: Target, *tensors: Tensor) -> _Walk | Non
     triples = [([0, *s][-2], t.stride(dim), s[-1]) for s, t in zip(strides, tensors, strict=True)]
     units = shape[dim]
     if units > 1 and all(u == 1 for _, u, _ in triples):
-        block_u = min(triton.next_power_of_2(units), _LONGEST_SIDE)
+        block_u = min(triton.next_power_of_2(units), _LONGEST_SIDE, block)
         block_i = min(triton.next_power_of_2(max(inner, 1)), block // block_u)
     else:
         # A square serves layouts that differ, with whole cache lines on both sides.
