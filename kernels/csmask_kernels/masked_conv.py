@@ -35,32 +35,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv_tiles import (
+    Pair,
+    block_for,
+    dot_precision,
+    empty_in_format_of,
+    geometry,
+    image_strides,
+    masked_tile,
+    output_pixels,
+    weight_strides,
+)  # fmt: skip
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
-from .mask import apply_mask, load_temperature, mask_value
+from .mask import load_temperature
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
-
-Pair = tuple[int, int]
-
-
-@triton.jit
-def _pixels(pid_m, height, width, BLOCK_M: tl.constexpr):
-    """Image (int64), row and column of a tile of pixels; behind the last image, the image's number is too large."""
-    start = pid_m.to(tl.int64) * BLOCK_M
-    image = start // (height * width)
-    offs = (start - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK_M)
-    pixel = offs % (height * width)
-    return image + offs // (height * width), pixel // width, pixel % width
-
-
-@triton.jit
-def _masked_tile(
-    w_ptrs, s_ptrs, inside, temperature, scale, dtype: tl.constexpr, HARD: tl.constexpr, SCALED: tl.constexpr
-):
-    """``W * m`` rounded to the other operand's dtype, and the mask in fp32; outside, 0 and any number."""
-    w = tl.load(w_ptrs, mask=inside, other=0.0)
-    mask = mask_value(tl.load(s_ptrs, mask=inside, other=0.0), temperature, scale, HARD, SCALED)
-    return apply_mask(w, mask, HARD).to(dtype), mask
 
 
 @triton.jit
@@ -89,7 +78,7 @@ def _masked_conv_fwd_kernel(
     pid_m = tl.program_id(0) // tiles_n
     pid_n = tl.program_id(0) % tiles_n
 
-    image, p, q = _pixels(pid_m, out_height, out_width, BLOCK_M)
+    image, p, q = output_pixels(pid_m, out_height, out_width, BLOCK_M)
     image, p, q = tl.expand_dims(image, PIXEL_AXIS), tl.expand_dims(p, PIXEL_AXIS), tl.expand_dims(q, PIXEL_AXIS)
     is_pixel = image < batch
     h0 = p * STRIDE_H - pad_h
@@ -128,7 +117,7 @@ def _masked_conv_fwd_kernel(
         x = tl.load(x_pixels + x_offs, mask=inside, other=0.0)
 
         is_weight = is_o[:, None] & is_k[None, :]
-        wm, mask = _masked_tile(
+        wm, mask = masked_tile(
             w_rows + w_offs[None, :], s_rows + s_offs[None, :], is_weight, temperature, scale, x.dtype, HARD, SCALED
         )
         if pid_m == 0:
@@ -189,7 +178,7 @@ def _masked_conv_dx_kernel(
     pid_m = tl.program_id(0) // tiles_n // (STRIDE_H * STRIDE_W)
     phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
 
-    image, h, w = _pixels(pid_m, tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W), BLOCK_M)
+    image, h, w = output_pixels(pid_m, tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W), BLOCK_M)
     image = tl.expand_dims(image, PIXEL_AXIS)
     h = tl.expand_dims(h * STRIDE_H + phase_h, PIXEL_AXIS)
     w = tl.expand_dims(w * STRIDE_W + phase_w, PIXEL_AXIS)
@@ -226,7 +215,7 @@ def _masked_conv_dx_kernel(
         kh, kw = (first_h + tap_h * PERIOD_H).to(tl.int64), (first_w + tap_w * PERIOD_W).to(tl.int64)
         w_offs = o.to(tl.int64) * stride_wo + kh * stride_wh + kw * stride_ww
         s_offs = o.to(tl.int64) * stride_so + kh * stride_sh + kw * stride_sw
-        wm, _ = _masked_tile(
+        wm, _ = masked_tile(
             w_columns + w_offs[:, None], s_columns + s_offs[:, None], is_o[:, None] & is_c[None, :],
             temperature, scale, dout.dtype, HARD, SCALED,
         )  # fmt: skip
@@ -266,7 +255,7 @@ def plan(
         **geometry(weight, stride, dilation), "FLAT": flat, "PIXELS_INNER": pixels_inner, "HARD": hard,
         "SCALED": scale != 1.0, "HAS_BIAS": bias is not None, "PRECISION": dot_precision(target),
         "BLOCK_M": config.block_m, "BLOCK_N": block_for(config.block_n, out_channels),
-        "BLOCK_K": block_for(config.block_k, weight[0].numel() if flat else channels),
+        "BLOCK_K": block_for(config.block_k, weight[:1].numel() if flat else channels),
     }  # fmt: skip
     if flat:
         weight, mask_logits = weight.flatten(1)[:, :, None, None], mask_logits.flatten(1)[:, :, None, None]
@@ -332,42 +321,6 @@ def _is_flat(weight: Tensor) -> bool:
     return all(weight.stride(a) == weight.shape[b] * weight.stride(b) for a, b in pairwise(dims))
 
 
-def block_for(block: int, size: int) -> int:
-    """``block``, or the power of two (at least the matrix unit's 16) that covers a smaller size."""
-    return min(block, max(16, triton.next_power_of_2(size)))
-
-
-def image_strides(**images: Tensor) -> dict[str, int]:
-    """``stride_xb, stride_xc, stride_xh, stride_xw`` for ``x=...``."""
-    return {f"stride_{n}{axis}": s for n, t in images.items() for axis, s in zip("bchw", t.stride(), strict=True)}
-
-
-def weight_strides(**weights: Tensor) -> dict[str, int]:
-    """``stride_wo, stride_wc, stride_wh, stride_ww`` for ``w=...``."""
-    return {f"stride_{n}{axis}": s for n, t in weights.items() for axis, s in zip("ochw", t.stride(), strict=True)}
-
-
-def geometry(weight: Tensor, stride: Pair, dilation: Pair) -> dict[str, int]:
-    """The kernels' constants that describe the convolution."""
-    return {
-        "KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
-        "DILATION_H": dilation[0], "DILATION_W": dilation[1],
-    }  # fmt: skip
-
-
-def dot_precision(target: Target) -> str:
-    """How fp32 operands are multiplied: as the vendor's convolution would, by ``torch.backends.cudnn.allow_tf32``."""
-    if target.backend != "cuda":
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
-
-
-def _empty_in_format_of(image: Tensor, shape: Sequence[int]) -> Tensor:
-    channels_last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=image.dtype, device=image.device, memory_format=memory_format)
-
-
 def masked_conv(
     x: Tensor,
     weight: Tensor,
@@ -387,7 +340,7 @@ def masked_conv(
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    out = _empty_in_format_of(x, (x.shape[0], weight.shape[0], *size))
+    out = empty_in_format_of(x, (x.shape[0], weight.shape[0], *size))
     launch, l0 = plan(
         x, weight, mask_logits.expand(weight.shape), temperature, bias, hard, scale, stride, padding, dilation, out,
         target_of(x), config,
@@ -411,7 +364,7 @@ def masked_conv_dx(
 ) -> Tensor:
     """The gradient of ``masked_conv``'s input, of shape ``input_size``, in dout's dtype and memory format."""
     check_supported(dout=dout, weight=weight, mask_logits=mask_logits)
-    dx = _empty_in_format_of(dout, input_size)
+    dx = empty_in_format_of(dout, input_size)
     launch = plan_dx(
         dout, weight, mask_logits.expand(weight.shape), temperature, hard, scale, stride, padding, dilation, dx,
         target_of(dout), config,

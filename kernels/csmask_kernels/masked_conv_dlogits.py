@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .conv_tiles import Pair, block_for, dot_precision, geometry, image_strides, weight_strides
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import load_temperature, soft_mask_derivative
-from .masked_conv import Pair, block_for, dot_precision, geometry, image_strides, weight_strides
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=128, num_warps=4, num_stages=3)
 

@@ -1,0 +1,72 @@
+"""What the convolution kernels share: a tile of pixels, a tile of the masked weight, arguments from tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Target
+from .mask import apply_mask, mask_value
+
+Pair = tuple[int, int]
+
+
+@triton.jit
+def output_pixels(pid_m, height, width, BLOCK_M: tl.constexpr):
+    """Image (int64), row and column of a tile of pixels; behind the last image, the image's number is too large."""
+    start = pid_m.to(tl.int64) * BLOCK_M
+    image = start // (height * width)
+    offs = (start - image * (height * width)).to(tl.int32) + tl.arange(0, BLOCK_M)
+    pixel = offs % (height * width)
+    return image + offs // (height * width), pixel // width, pixel % width
+
+
+@triton.jit
+def masked_tile(
+    w_ptrs, s_ptrs, inside, temperature, scale, dtype: tl.constexpr, HARD: tl.constexpr, SCALED: tl.constexpr
+):
+    """``W * m`` rounded to the other operand's dtype, and the mask in fp32; outside, 0 and any number."""
+    w = tl.load(w_ptrs, mask=inside, other=0.0)
+    mask = mask_value(tl.load(s_ptrs, mask=inside, other=0.0), temperature, scale, HARD, SCALED)
+    return apply_mask(w, mask, HARD).to(dtype), mask
+
+
+def block_for(block: int, size: int) -> int:
+    """``block``, or the power of two (at least the matrix unit's 16) that covers a smaller size."""
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def image_strides(**images: Tensor) -> dict[str, int]:
+    """``stride_xb, stride_xc, stride_xh, stride_xw`` for ``x=...``."""
+    return {f"stride_{n}{axis}": s for n, t in images.items() for axis, s in zip("bchw", t.stride(), strict=True)}
+
+
+def weight_strides(**weights: Tensor) -> dict[str, int]:
+    """``stride_wo, stride_wc, stride_wh, stride_ww`` for ``w=...``."""
+    return {f"stride_{n}{axis}": s for n, t in weights.items() for axis, s in zip("ochw", t.stride(), strict=True)}
+
+
+def geometry(weight: Tensor, stride: Pair, dilation: Pair) -> dict[str, int]:
+    """The kernels' constants that describe the convolution."""
+    return {
+        "KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3], "STRIDE_H": stride[0], "STRIDE_W": stride[1],
+        "DILATION_H": dilation[0], "DILATION_W": dilation[1],
+    }  # fmt: skip
+
+
+def dot_precision(target: Target) -> str:
+    """How fp32 operands are multiplied: as the vendor's convolution would, by ``torch.backends.cudnn.allow_tf32``."""
+    if target.backend != "cuda":
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+
+
+def empty_in_format_of(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """An image of the dtype and memory format of another; channels-last only where that one is nothing else."""
+    channels_last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=image.dtype, device=image.device, memory_format=memory_format)
