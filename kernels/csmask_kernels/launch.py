@@ -95,12 +95,17 @@ def collapse(shape: Sequence[int], *strides: Sequence[int]) -> tuple[list[int], 
     return sizes, walked
 
 
+def like(tensor: Tensor, layout: Tensor) -> Tensor:
+    """A copy of ``tensor`` laid out as ``torch.empty_like(layout)``: dense, in the order of ``layout``'s strides."""
+    return torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
+
+
 @dataclass(frozen=True)
 class Tiling:
-    """How an elementwise kernel walks its tensors: three dimensions, tiles of ``block_r x block_c``, one program each."""
+    """How an elementwise kernel walks its tensors: three dimensions, one program per ``block_r x block_c`` tile."""
 
-    sizes: tuple[int, int, int]
-    strides: tuple[tuple[int, int, int], ...]
+    sizes: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
     block_r: int
     block_c: int
 
@@ -135,7 +140,7 @@ def tile(shape: Sequence[int], block: int, *tensors: Tensor) -> Tiling | None:
         # Some tensor is contiguous along the rows: a square tile gives both sides whole cache lines.
         block_c = 1 << (block.bit_length() // 2)
         block_r = block // block_c
-    return Tiling(tuple(sizes), tuple(tuple(s) for s in strides), block_r, block_c)  # type: ignore[arg-type]
+    return Tiling(tuple(sizes), tuple(tuple(s) for s in strides), block_r, block_c)
 
 
 # Launch configurations
@@ -247,7 +252,7 @@ def _warn_untuned(target: Target) -> None:
     )
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)  # batches of any length come by: not without a bound
 def get_config(op: str, target: Target, m: int, default: Any) -> Any:
     """The config of an op for ``m`` tokens (or elements): the nearest bucket in the target's table, else ``default``.
 
@@ -255,10 +260,11 @@ def get_config(op: str, target: Target, m: int, default: Any) -> Any:
         op: name of the table's row, the kernel's stem.
         target: what the kernel runs on.
         m: tokens (rows of the input); buckets are compared by their logarithm.
-        default: an ``ElementwiseConfig`` or ``GemmConfig`` that works everywhere; its type is the result's.
+        default: an ``ElementwiseConfig`` or ``GemmConfig`` that works everywhere; fields that a row lacks are its.
     """
     rows = config_table(target).get(op)
     if not rows:
         return default
     nearest = min(rows, key=lambda row: abs(math.log2(max(row["m"], 1)) - math.log2(max(m, 1))))
-    return type(default)(**{k: v for k, v in nearest.items() if k in {f.name for f in dataclasses.fields(default)}})
+    fields = {field.name for field in dataclasses.fields(default)}
+    return dataclasses.replace(default, **{name: value for name, value in nearest.items() if name in fields})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, run, target_of, tile
+from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, like, run, target_of, tile
 from .mask import load_temperature, soft_mask_derivative
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=8)
@@ -49,21 +50,21 @@ def _logits_grad_kernel(
 
 @triton.jit
 def _logits_grad_unit_kernel(
-    dwm_ptr, w_ptr, s_ptr, out_ptr, t_ptr, dl0_ptr, scale, weights_per_logit, units, outer, inner,
+    dwm_ptr, w_ptr, s_ptr, out_ptr, t_ptr, dl0_ptr, scale, weights_per_logit, units, inner,
     stride_dwmu, stride_dwmo, stride_dwmi, stride_wu, stride_wo, stride_wi, stride_s, stride_out,
     HAS_DL0: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One logit per unit: a program owns BLOCK_U units and sums ``dWm * W`` over their weights, in a fixed order.
 
-    The weights of a unit are ``outer x inner`` entries with a stride for each; reads dWm and W once.
+    The ``weights_per_logit`` weights of a unit are rows of ``inner`` entries, with a stride for each; reads dWm and W
+    once.
     """
     offs_u = tl.program_id(0).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)
     is_unit = offs_u < units
-    total = outer * inner
     sums = tl.zeros((BLOCK_U, BLOCK_R), dtype=tl.float32)
-    for start in range(0, total, BLOCK_R):
+    for start in range(0, weights_per_logit, BLOCK_R):
         offs = start + tl.arange(0, BLOCK_R).to(tl.int64)
-        inside = is_unit[:, None] & (offs < total)[None, :]
+        inside = is_unit[:, None] & (offs < weights_per_logit)[None, :]
         o, i = offs // inner, offs % inner
         dwm = dwm_ptr + offs_u[:, None] * stride_dwmu + (o * stride_dwmo + i * stride_dwmi)[None, :]
         w = w_ptr + offs_u[:, None] * stride_wu + (o * stride_wo + i * stride_wi)[None, :]
@@ -104,42 +105,37 @@ def plan(
         return _plan_units(arguments, constants, config)
     tiling = tile(weight.shape, config.block, out, dmasked_weight, weight, mask_logits)
     if tiling is None:  # layouts that differ in more than two ways: rare, and one copy makes them alike
-        arguments.update(dwm_ptr=_like(dmasked_weight, out), w_ptr=_like(weight, out), s_ptr=_like(mask_logits, out))
-        tiling = tile(weight.shape, config.block, out, *(arguments[n] for n in ("dwm_ptr", "w_ptr", "s_ptr")))
-        assert tiling is not None
+        copies = [like(tensor, out) for tensor in (dmasked_weight, weight, mask_logits)]
+        arguments.update(zip(("dwm_ptr", "w_ptr", "s_ptr"), copies, strict=True))
+        tiling = tile(weight.shape, config.block, out, *copies)
+        assert tiling is not None, "out is dense, or has at most three strides"
     arguments.update(tiling.arguments("out", "dwm", "w", "s"))
     constants.update(BLOCK_R=tiling.block_r, BLOCK_C=tiling.block_c)
     return Launch(_logits_grad_kernel, (tiling.programs,), arguments, constants, config.num_warps)
 
 
-def _like(tensor: Tensor, layout: Tensor) -> Tensor:
-    return torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
-
-
 def _plan_units(arguments: dict[str, Any], constants: dict[str, Any], config: ElementwiseConfig) -> Launch:
     dwm, w, s, out = (arguments[name] for name in ("dwm_ptr", "w_ptr", "s_ptr", "out_ptr"))
-    unit_dim = max(range(w.dim()), key=lambda d: s.shape[d])
+    unit_dim = next((d for d in range(w.dim()) if s.shape[d] != 1), None)  # None: one logit for all weights
     rest = [d for d in range(w.dim()) if d != unit_dim]
-    sizes, (dwm_strides, w_strides) = collapse(
-        [w.shape[d] for d in rest], [dwm.stride(d) for d in rest], [w.stride(d) for d in rest]
-    )
-    if len(sizes) > 2:
-        arguments["dwm_ptr"] = dwm = dwm.contiguous()
-        arguments["w_ptr"] = w = w.contiguous()
-        sizes, (dwm_strides, w_strides) = collapse(
-            [w.shape[d] for d in rest], [dwm.stride(d) for d in rest], [w.stride(d) for d in rest]
-        )
+    shape = [w.shape[d] for d in rest]
+    sizes, (dwm_strides, w_strides) = collapse(shape, *([t.stride(d) for d in rest] for t in (dwm, w)))
+    if len(sizes) > 2:  # rare: after a copy, at most what is before and what is behind the units is left
+        arguments["dwm_ptr"], arguments["w_ptr"] = dwm, w = dwm.contiguous(), w.contiguous()
+        sizes, (dwm_strides, w_strides) = collapse(shape, *([t.stride(d) for d in rest] for t in (dwm, w)))
     if len(sizes) == 1:
         sizes, dwm_strides, w_strides = [1, *sizes], [0, *dwm_strides], [0, *w_strides]
-    units = w.shape[unit_dim]
+    units = s.numel()
+    stride_dwmu, stride_wu, stride_s, stride_out = (
+        0 if unit_dim is None else t.stride(unit_dim) for t in (dwm, w, s, out)
+    )
     # Whole rows per program where a unit's weights lie together, a square of units and weights where they do not.
     block_u = 1 if w_strides[1] == 1 else 32
-    block_r = min(max(16, config.block // 4 // block_u), triton.next_power_of_2(max(sizes[0] * sizes[1], 1)))
+    block_r = min(max(16, config.block // 4 // block_u), triton.next_power_of_2(max(math.prod(shape), 1)))
     arguments.update(
-        weights_per_logit=w.numel() // max(units, 1), units=units, outer=sizes[0], inner=sizes[1],
-        stride_dwmu=dwm.stride(unit_dim), stride_dwmo=dwm_strides[0], stride_dwmi=dwm_strides[1],
-        stride_wu=w.stride(unit_dim), stride_wo=w_strides[0], stride_wi=w_strides[1],
-        stride_s=s.stride(unit_dim), stride_out=out.stride(unit_dim),
+        weights_per_logit=math.prod(shape), units=units, inner=sizes[1],
+        stride_dwmu=stride_dwmu, stride_dwmo=dwm_strides[0], stride_dwmi=dwm_strides[1],
+        stride_wu=stride_wu, stride_wo=w_strides[0], stride_wi=w_strides[1], stride_s=stride_s, stride_out=stride_out,
     )  # fmt: skip
     constants.update(BLOCK_U=block_u, BLOCK_R=block_r)
     return Launch(_logits_grad_unit_kernel, (triton.cdiv(units, block_u),), arguments, constants, 4)
@@ -155,8 +151,10 @@ def logits_grad(
     config: ElementwiseConfig | None = None,
 ) -> Tensor:
     """See ``csmask.reference.logits_grad``; the layout is that of ``mask_logits``."""
+    check_supported(dmasked_weight=dmasked_weight, weight=weight, mask_logits=mask_logits)
     out = torch.empty_like(mask_logits)
-    _into(out, False, dmasked_weight, weight, mask_logits, temperature, dl0, scale, config)
+    target = target_of(weight)
+    run(weight.device, plan(dmasked_weight, weight, mask_logits, temperature, dl0, scale, out, False, target, config))
     return out
 
 
@@ -171,23 +169,9 @@ def logits_grad_(
     config: ElementwiseConfig | None = None,
 ) -> None:
     """Adds ``logits_grad`` to ``dlogits``, fp32."""
-    _into(dlogits, True, dmasked_weight, weight, mask_logits, temperature, dl0, scale, config)
-
-
-def _into(
-    out: Tensor,
-    add: bool,
-    dmasked_weight: Tensor,
-    weight: Tensor,
-    mask_logits: Tensor,
-    temperature: Tensor,
-    dl0: Tensor | None,
-    scale: float,
-    config: ElementwiseConfig | None,
-) -> None:
-    check_supported(dmasked_weight=dmasked_weight, weight=weight, mask_logits=mask_logits)
-    target = target_of(weight)
-    run(
-        weight.device,
-        plan(dmasked_weight, weight, mask_logits, temperature, dl0, scale, out, add, target, config),
-    )
+    check_supported(dmasked_weight=dmasked_weight, weight=weight, mask_logits=mask_logits, dlogits=dlogits)
+    arguments = (dmasked_weight, weight, mask_logits, temperature, dl0, scale)
+    if tile(dlogits.shape, 1, dlogits) is None:  # a view of more than three strides: the kernel cannot walk it
+        dlogits.add_(logits_grad(*arguments, config))
+        return
+    run(weight.device, plan(*arguments, dlogits, True, target_of(weight), config))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, check_supported, get_config, run, target_of, tile
+from .launch import ElementwiseConfig, Launch, Target, Tiling, check_supported, get_config, like, run, target_of, tile
 from .mask import UNDECIDED_BOUND, apply_mask, load_temperature, mask_value
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=8)
@@ -53,6 +53,11 @@ def _materialize_kernel(
         tl.store(out, wm.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _tile(config: ElementwiseConfig, out: Tensor | None, weight: Tensor | None, mask_logits: Tensor) -> Tiling | None:
+    walked = [mask_logits] * 3 if out is None or weight is None else [out, weight, mask_logits]
+    return tile(mask_logits.shape, config.block, *walked)
+
+
 def plan(
     weight: Tensor | None,
     mask_logits: Tensor,
@@ -66,17 +71,16 @@ def plan(
 ) -> tuple[Launch, Tensor, Tensor]:
     """The launch, the l0 partials ``(programs,)`` fp32 and the counts' partials ``(2, programs)`` int32.
 
-    ``mask_logits`` has been expanded to the weight's shape; without a weight it is walked alone.
+    ``mask_logits`` has been expanded to the weight's shape, and ``out`` is dense; without a weight, the logits are
+    walked alone.
     """
-    walked = [mask_logits] * 3 if weight is None or out is None else [out, weight, mask_logits]
     config = config or get_config("materialize", target, mask_logits.numel(), DEFAULT_CONFIG)
-    tiling = tile(mask_logits.shape, config.block, *walked)
-    if tiling is None:
-        mask_logits = mask_logits.contiguous()
-        walked[2] = mask_logits
-        tiling = tile(mask_logits.shape, config.block, *walked)
-    if tiling is None:  # a weight of four strided dimensions: no layer has one
-        raise NotImplementedError(f"weight strides {walked[1].stride()} of shape {tuple(mask_logits.shape)}; use .contiguous()")
+    tiling = _tile(config, out, weight, mask_logits)
+    if tiling is None:  # layouts that differ in more than two ways: rare, and one copy makes them alike
+        layout = mask_logits if out is None else out
+        weight, mask_logits = None if weight is None else like(weight, layout), like(mask_logits, layout)
+        tiling = _tile(config, out, weight, mask_logits)
+        assert tiling is not None, "out is dense"
     l0 = torch.empty(tiling.programs, dtype=torch.float32, device=mask_logits.device)
     counted = torch.empty((2, tiling.programs if counts else 0), dtype=torch.int32, device=mask_logits.device)
     arguments: dict[str, Any] = {
@@ -107,9 +111,7 @@ def materialize(
     out = torch.empty_like(weight, dtype=dtype or weight.dtype)
     check_supported(masked_weight=out)
     logits = mask_logits.expand(weight.shape)
-    launch, l0, counted = plan(
-        weight, logits, temperature, hard, scale, out, counts, target_of(weight), config
-    )
+    launch, l0, counted = plan(weight, logits, temperature, hard, scale, out, counts, target_of(weight), config)
     run(weight.device, launch)
     return out, l0.sum(), counted.sum(1) if counts else counted.new_empty(0, dtype=torch.int64)
 
