@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, run, target_of
 from .mask import apply_mask, load_temperature, mask_value
+from .masked_linear_config import candidate_configs, choose_config, fill
 from .masked_linear_persistent import plan_persistent, tile_of
 
-# split_k = 0: chosen by ``fit_config`` from the number of tiles.
-DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=0)
+__all__ = ["bitmask_linear", "bitmask_linear_dx", "candidate_configs", "masked_linear", "masked_linear_dx"]
+
 REDUCE_BLOCK = 1024
 
 
@@ -175,23 +176,6 @@ def bits_mask(weight: Tensor, bits: Tensor, scale: float) -> Mask:
     return Mask(bits, (weight.shape[1], 1), True, None, True, scale)
 
 
-def fit_config(op: str, target: Target, x: Tensor, weight: Tensor) -> GemmConfig:
-    """The target's config for ``x (M, K)`` and ``weight (N, K)``, made to fit their dtypes and sizes.
-
-    Tables are for 2-byte operands. fp32 ones take twice the shared memory and, in three tf32 products, more registers:
-    half the step of K. ``split_k = 0`` becomes as many splits as fill the multiprocessors, of four steps of K or more.
-    """
-    m, k, n = *x.shape, weight.shape[0]
-    config: GemmConfig = get_config(op, target, m, DEFAULT_CONFIG)
-    if x.dtype == torch.float32:
-        config = replace(config, block_k=max(config.block_k // 2, 16))
-    if config.split_k == 0:
-        tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
-        longest = triton.cdiv(k, 4 * config.block_k)
-        config = replace(config, split_k=max(1, min(target.multiprocessors // max(tiles, 1), longest)))
-    return config
-
-
 def precision_of(target: Target) -> str:
     """How fp32 operands are multiplied on tensor cores: tf32 where torch allows it for its own, else close to fp32."""
     if target.backend != "cuda":
@@ -214,6 +198,7 @@ def plan(
     The persistent form (which does not split K) is taken where the config asks for it and target and tensors have it.
     """
     (m, k), n = x.shape, weight.shape[0]
+    config = fill(config, target, m, n, k)
     splits = 1 if config.persistent else config.split_k
     tiles_m, tiles_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
     # Without a token there is no tile, but the mask is still counted.
@@ -266,7 +251,7 @@ def _multiply(
         check_supported(mask_logits=mask.source)
     target = target_of(x)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    config = config or fit_config(op, target, x, weight)
+    config = config or choose_config(op, target, x, weight)
     launches, l0 = plan(x, weight, mask, bias, out, count, target, config)
     run(x.device, *launches)
     return out, None if l0 is None else l0.sum()

@@ -1,0 +1,96 @@
+"""The launch configs of ``masked_linear`` and its ``dx``: the default, how a config is fitted, what is worth timing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .launch import GemmConfig, Target, get_config
+
+# Compiled without spills for sm_80 to sm_120, gfx942 and gfx950. split_k = 0 is resolved by ``fill``.
+DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=0)
+
+_Form = dict[str, Any]
+_Tile = tuple[int, int, int, int, int, _Form]
+_FEW: _Form = {"swap": True, "split_k": 0}
+_MANY: _Form = {"split_k": 0}
+_PERSISTENT: _Form = {"persistent": True}
+# (block_m, block_n, block_k, num_warps, num_stages, form): shared memory of 227, of 99 to 163, of 64 kB or more on AMD.
+_LARGE: tuple[_Tile, ...] = (
+    (16, 64, 64, 4, 4, _FEW), (16, 64, 128, 4, 3, _FEW), (16, 128, 64, 8, 4, _FEW),
+    (64, 64, 64, 4, 3, _FEW), (64, 128, 64, 8, 3, _FEW), (64, 128, 64, 8, 3, _MANY),
+    (128, 128, 32, 8, 4, _MANY), (128, 128, 64, 8, 3, _MANY), (128, 128, 64, 8, 3, _PERSISTENT),
+    (256, 128, 32, 8, 3, _PERSISTENT), (256, 128, 64, 8, 2, _PERSISTENT), (256, 128, 64, 8, 2, {}),
+)  # fmt: skip
+_SMALL: tuple[_Tile, ...] = (
+    (16, 64, 32, 4, 4, _FEW), (16, 64, 64, 4, 3, _FEW), (16, 128, 32, 4, 3, _FEW), (16, 128, 64, 8, 2, _FEW),
+    (64, 64, 32, 4, 4, _FEW), (64, 64, 32, 4, 4, _MANY), (64, 64, 64, 4, 2, _MANY), (64, 128, 32, 8, 3, _MANY),
+    (128, 64, 32, 4, 3, _MANY), (128, 128, 32, 8, 3, _MANY), (256, 64, 32, 8, 3, {}), (128, 128, 32, 8, 2, {}),
+)  # fmt: skip
+_AMD: tuple[_Tile, ...] = (
+    (16, 64, 64, 4, 2, _FEW), (16, 64, 128, 4, 2, _FEW), (16, 128, 64, 4, 2, _FEW), (32, 64, 64, 4, 2, _FEW),
+    (64, 64, 64, 4, 2, _FEW), (64, 64, 64, 4, 2, _MANY), (64, 128, 64, 8, 2, _MANY),
+    (128, 64, 64, 4, 2, _MANY), (128, 128, 32, 8, 2, _MANY), (128, 128, 64, 8, 2, _MANY), (256, 128, 32, 8, 2, {}),
+)  # fmt: skip
+
+
+def candidate_configs(op: str, target: Target, m: int, n: int, k: int) -> list[GemmConfig]:
+    """What ``bench/tune.py`` times for ``out (m, n)`` summed over k, tables' configs for 2-byte operands: at most 12.
+
+    The same tiles serve ``masked_linear`` and ``masked_linear_dx``. Tiles of M that are mostly padding are left out, and
+    those that would compute every mask more than 16 times where a larger tile is to be had.
+    """
+    nvidia = _LARGE if target.family in ("sm_90", "sm_100", "sm_103") else _SMALL
+    tiles = _AMD if target.backend == "hip" else nvidia
+    least, most = min(m / 16, 128), max(2 * m, 16)
+    found = [
+        GemmConfig(block_m, block_n, block_k, num_warps=warps, num_stages=stages, **form)
+        for block_m, block_n, block_k, warps, stages, form in tiles
+        if least <= block_m <= most
+    ]
+    splits = {fill(config, target, m, n, k).split_k for config in found if config.split_k == 0}
+    if max(splits, default=1) > 1:
+        # The number of splits that fill the device once is derived; half and twice as many are worth a measurement.
+        best = next(config for config in found if config.split_k == 0)
+        filled = fill(best, target, m, n, k).split_k
+        found += [replace(best, split_k=s) for s in (filled // 2, filled * 2) if s > 0]
+    return found[:12]
+
+
+def choose_config(op: str, target: Target, x: Tensor, weight: Tensor) -> GemmConfig:
+    """The config for ``x (M, K)`` and ``weight (N, K)``: the target's, made to fit their dtypes and the sizes."""
+    m, n = x.shape[0], weight.shape[0]
+    config: GemmConfig = fit_dtypes(get_config(op, target, m, DEFAULT_CONFIG), x, weight)
+    if config.persistent and _tiles(config, m, n) < target.multiprocessors:
+        # With less than a tile for each multiprocessor there is nothing to overlap a tile's end with, but K to split.
+        config = replace(config, persistent=False, split_k=0)
+    return config
+
+
+def fit_dtypes(config: GemmConfig, x: Tensor, weight: Tensor) -> GemmConfig:
+    """Configs are for 2-byte x and W. fp32 ones take twice the shared memory: half the step of K.
+
+    Three tf32 products (see ``precision_of``) spill registers on tiles over 128 x 128, as compiled with Triton 3.9.
+    """
+    if torch.float32 in (x.dtype, weight.dtype):
+        config = replace(config, block_k=max(config.block_k // 2, 16))
+    if x.dtype == torch.float32:
+        config = replace(config, block_m=min(config.block_m, 128), block_n=min(config.block_n, 128))
+    return config
+
+
+def fill(config: GemmConfig, target: Target, m: int, n: int, k: int) -> GemmConfig:
+    """``split_k = 0`` made a number: as many splits as fill the multiprocessors, of four steps of K or more."""
+    if config.split_k:
+        return config
+    longest = triton.cdiv(k, 4 * config.block_k)
+    splits = min(target.multiprocessors // max(_tiles(config, m, n), 1), longest)
+    return replace(config, split_k=max(splits, 1))
+
+
+def _tiles(config: GemmConfig, m: int, n: int) -> int:
+    return triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
