@@ -49,7 +49,7 @@ class _SoftMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dmask: Tensor) -> tuple[Tensor, None]:
         mask_logits, temperature = ctx.saved_tensors
-        return dmask * soft_mask_derivative(mask_logits, temperature), None
+        return dmask * _sigmoid_derivative(mask_logits, temperature), None
 
 
 def _as_temperature(temperature: Tensor | float, like: Tensor) -> Tensor:
@@ -76,10 +76,13 @@ def soft_mask(mask_logits: Tensor, temperature: Tensor | float, scale: float = 1
 
 def soft_mask_derivative(mask_logits: Tensor, temperature: Tensor | float, scale: float = 1.0) -> Tensor:
     """``dm/dS = scale * T * m * (1 - m)`` as ``scale * T * e / (1 + e)**2`` with ``e = exp(-|T * S|)``."""
-    temperature = _as_temperature(temperature, mask_logits)
-    e = torch.exp(-(temperature * mask_logits).abs())
-    derivative = temperature * e / (1 + e) ** 2
+    derivative = _sigmoid_derivative(mask_logits, _as_temperature(temperature, mask_logits))
     return derivative if scale == 1.0 else derivative * scale
+
+
+def _sigmoid_derivative(mask_logits: Tensor, temperature: Tensor) -> Tensor:
+    e = torch.exp(-(temperature * mask_logits).abs())
+    return temperature * e / (1 + e) ** 2
 
 
 def hard_mask(mask_logits: Tensor, scale: float = 1.0) -> Tensor:
