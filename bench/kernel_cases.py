@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
-from csmask_kernels import bitmask, logits_grad, materialize, philox, scale_neurons
-from csmask_kernels.launch import Launch, Target
+from csmask_kernels import bitmask, logits_grad, masked_linear, masked_linear_config, materialize, philox, scale_neurons
+from csmask_kernels.launch import Launch, Target, config_table
 
 Case = tuple[str, Launch]
 
@@ -111,7 +112,46 @@ def philox_cases(target: Target) -> Iterator[Case]:
     yield "philox huge", philox.plan(empty(1 << 17, 1 << 18), "uniform", *draw, 0.02, target)
 
 
-FAMILIES = (materialize_cases, logits_grad_cases, scale_neurons_cases, bitmask_cases, philox_cases)
+def masked_linear_cases(target: Target) -> Iterator[Case]:
+    """Every shipped config for bf16 and fp32, forward and dx; each mask and form with the default config."""
+    logits = empty(4096, 4096, dtype=torch.float32)
+    for op in ("masked_linear", "masked_linear_dx"):
+        for row in config_table(target).get(op, []):
+            for dtype in (torch.bfloat16, torch.float32):
+                x, weight = empty(row["m"], 4096, dtype=dtype), empty(4096, 4096, dtype=dtype)
+                mask, bias = masked_linear.logits_mask(weight, logits, TEMPERATURE, False, 1.0), weight[0]
+                if op == "masked_linear_dx":
+                    weight, mask, bias = weight.t(), mask.transposed(), None
+                config = masked_linear_config.choose_config(op, target, x, weight)
+                launches, _ = masked_linear.plan(x, weight, mask, bias, x, bias is not None, target, config)
+                yield f"{op} m={row['m']} {dtype}", launches[0]
+    default = masked_linear_config.DEFAULT_CONFIG
+    split = replace(default, split_k=4)
+    x, weight, bits = empty(64, 4096), empty(4096, 4096), empty(4096 * 128, dtype=torch.int32)
+    soft = masked_linear.logits_mask(weight, logits, TEMPERATURE, False, 1.0)
+    packed = masked_linear.bits_mask(weight, bits, 1.0)
+    odd, odd_weight = empty(63, 4097), empty(4095, 4097)
+    odd_logits = empty(4095, 4097, dtype=torch.float32)
+    cases = {
+        "hard scaled": (x, weight, masked_linear.logits_mask(weight, logits, TEMPERATURE, True, 1.5), default),
+        "fp16": (x.half(), weight.half(), soft, default),
+        "bf16 with an fp32 weight": (x, weight.float(), soft, replace(default, block_k=16)),
+        "neuron": (x, weight, masked_linear.logits_mask(weight, logits[:, :1], TEMPERATURE, False, 1.0), default),
+        "odd": (odd, odd_weight, masked_linear.logits_mask(odd_weight, odd_logits, TEMPERATURE, False, 1.0), default),
+        "words_k": (x, weight, packed, default),
+        "words_n": (x, weight.t(), packed.transposed(), default),
+        "bits": (odd, odd_weight, masked_linear.bits_mask(odd_weight, bits, 1.5), default),
+        "swap": (x, weight, soft, replace(default, swap=True)),
+    }
+    for name, (rows, w, mask, config) in cases.items():
+        out = empty(rows.shape[0], w.shape[0], dtype=rows.dtype)
+        launches, _ = masked_linear.plan(rows, w, mask, None, out, not mask.is_bits, target, replace(config, split_k=1))
+        yield f"masked_linear {name}", launches[0]
+    for launch in masked_linear.plan(x, weight, soft, weight[0], x, True, target, split)[0]:
+        yield f"masked_linear split {launch.kernel.fn.__name__}", launch
+
+
+FAMILIES = (materialize_cases, logits_grad_cases, masked_linear_cases, scale_neurons_cases, bitmask_cases, philox_cases)
 
 
 def cases(target: Target) -> Iterator[Case]:

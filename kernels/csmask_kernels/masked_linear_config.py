@@ -41,7 +41,7 @@ _AMD: tuple[_Tile, ...] = (
 def candidate_configs(op: str, target: Target, m: int, n: int, k: int) -> list[GemmConfig]:
     """What ``bench/tune.py`` times for ``out (m, n)`` summed over k, tables' configs for 2-byte operands: at most 12.
 
-    The same tiles serve ``masked_linear`` and ``masked_linear_dx``. Tiles of M that are mostly padding are left out, and
+    Both ops have the same tiles. Tiles of M that are mostly padding are left out, and
     those that would compute every mask more than 16 times where a larger tile is to be had.
     """
     nvidia = _LARGE if target.family in ("sm_90", "sm_100", "sm_103") else _SMALL
