@@ -130,6 +130,21 @@ def triton_kernel(name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
+def gpu_back_end() -> str:
+    """One line on the GPU back end: what it is and which launch configs it would use, or why there is none."""
+    try:
+        triton_kernel("materialize")
+        launch = importlib.import_module("csmask_kernels.launch")
+    except ImportError as error:
+        return f"none: {error}"
+    if not torch.cuda.is_available():
+        return "Triton kernels, for when there is a GPU"
+    target = launch.target_of(torch.empty(0, device="cuda"))
+    path = launch.config_path(target)
+    configs = f"launch configs of {path.stem}" if path else "general launch configs"
+    return f"Triton kernels for {target.family}, {configs}"
+
+
 def _run_triton(name: str) -> Callable[..., Any]:
     def launch(*args: Any, **kwargs: Any) -> Any:
         return triton_kernel(name)(*args, **kwargs)

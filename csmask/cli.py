@@ -69,7 +69,7 @@ def _back_ends() -> dict[str, str]:
         cpu = f"C++ for materialize, {_ops.cpu_kernels.instruction_set()} (of {usable}); reference for the rest"
     return {
         "back end, CPU": cpu,
-        "back end, GPU": "reference (plain torch): this version has no GPU kernels",
+        "back end, GPU": _ops.gpu_back_end(),
         "back end, others": "reference (plain torch)",
     }
 

@@ -95,6 +95,23 @@ def test_doctor_says_why_there_are_no_kernels(monkeypatch):
     assert "install a C++17 compiler and install csmask again" in text
 
 
+def test_doctor_says_what_runs_on_a_gpu(monkeypatch):
+    if not torch.cuda.is_available():
+        assert lines(invoke("doctor"))["back end, GPU"] == "Triton kernels, for when there is a GPU"
+    launch = _ops.importlib.import_module("csmask_kernels.launch")
+    target = launch.Target("cuda", "90", "NVIDIA H9000")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "target_of", lambda _tensor: target)
+    monkeypatch.setattr(torch, "empty", lambda *_args, **_options: None)
+    assert _ops.gpu_back_end() == "Triton kernels for sm_90, launch configs of sm_90"
+
+    def fail(name):
+        raise ImportError("no triton here")
+
+    monkeypatch.setattr(_ops.importlib, "import_module", fail)
+    assert _ops.gpu_back_end().startswith("none: csmask's GPU kernel for materialize needs Triton >= 3.6")
+
+
 def test_doctor_names_a_package_that_is_missing(monkeypatch):
     version = metadata.version
 

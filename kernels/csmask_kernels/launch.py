@@ -229,18 +229,22 @@ def config_file_name(device_name: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name).strip("_")
 
 
-@functools.cache
-def config_table(target: Target) -> dict[str, list[dict[str, Any]]]:
-    """The target's launch configs: op -> rows with a bucket ``m`` each; empty where there is no file."""
+def config_path(target: Target) -> Path | None:
+    """The file of the target's launch configs: its device's, else its architecture's; None where there is neither."""
     for name in (config_file_name(target.name), target.family):
         path = CONFIG_DIRECTORY / f"{name}.json"
         if path.is_file():
-            if name == target.family:
-                _warn_untuned(target)
-            return json.loads(path.read_text())["configs"]
-    if target.backend != "interpreter":
+            return path
+    return None
+
+
+@functools.cache
+def config_table(target: Target) -> dict[str, list[dict[str, Any]]]:
+    """The target's launch configs: op -> rows with a bucket ``m`` each; empty where there is no file."""
+    path = config_path(target)
+    if target.backend != "interpreter" and (path is None or path.stem == target.family):
         _warn_untuned(target)
-    return {}
+    return json.loads(path.read_text())["configs"] if path else {}
 
 
 @functools.cache
