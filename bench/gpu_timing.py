@@ -1,0 +1,154 @@
+"""Clocks: how long calls take on a GPU (CUDA events around graph replays, cold L2) or, for rehearsals, on a CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+# Read between timed calls to push their data out of L2. Read, not written: dirty lines would be written back on the
+# next call's time. Four times the largest L2 of a GPU so far (60 to 126 MB).
+FLUSH_BYTES = 512 << 20
+MIN_ROUNDS, MAX_ROUNDS = 5, 60
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call: median, 20th and 80th percentile of ``samples`` calls, and how they were run."""
+
+    p20: float
+    p50: float
+    p80: float
+    samples: int
+    method: str
+
+    @classmethod
+    def of(cls, samples: list[float], method: str) -> Timing:
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1, method)
+        fifths = statistics.quantiles(samples, n=5, method="inclusive")
+        return cls(fifths[0], statistics.median(samples), fifths[3], len(samples), method)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception as text: held itself, its frames would keep a call's tensors alive."""
+
+    message: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        lines = str(error).strip().splitlines() or [""]
+        trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        return cls(f"{type(error).__name__}: {lines[0][:300]}", trace[-6000:])
+
+
+class Clock:
+    """Times calls on one device. Those of one measurement take turns, so that a drift of the clocks meets them all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_gpu = device.type == "cuda"
+        # Times of a CPU are looked at in rehearsals only.
+        self._min_rounds = MIN_ROUNDS if self.is_gpu else 1
+        # Random, though only read: data decide about power, and power about clocks.
+        self._flushed = torch.randn(FLUSH_BYTES // 4, device=device) if self.is_gpu else None
+
+    def measure(self, calls: Mapping[str, Call], seconds: float, graph: bool = True) -> dict[str, Timing | Failure]:
+        """Time each call as often as ``seconds`` allow (5 to 60 times on a GPU); one that raises gives a Failure.
+
+        Args:
+            calls: by name; each leaves nothing behind that the next one needs.
+            seconds: for all of them together, their warm-up not counted.
+            graph: capture each call in a CUDA graph and time the replays, which leaves launch gaps out; where a call
+                cannot be captured, its launches are timed as they come.
+        """
+        found: dict[str, Timing | Failure] = {}
+        runs: dict[str, tuple[Call, str]] = {}
+        for name, call in calls.items():
+            try:
+                runs[name] = self._prepare(call, graph)
+            except Exception as error:  # noqa: BLE001, PERF203, recorded by the caller
+                found[name] = self._failure(error)
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        end = time.perf_counter() + seconds
+        for done in range(MAX_ROUNDS):
+            for name, (run, _) in list(runs.items()):
+                try:
+                    samples[name].append(self.once(run))
+                except Exception as error:  # noqa: BLE001, PERF203, recorded by the caller
+                    found[name] = self._failure(error)
+                    del runs[name]
+            if time.perf_counter() > end and done + 1 >= self._min_rounds:
+                break
+        found.update({name: Timing.of(samples[name], method) for name, (_, method) in runs.items()})
+        return {name: found[name] for name in calls}
+
+    def once(self, run: Call) -> float:
+        """Milliseconds of one call."""
+        if not self.is_gpu:
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e3
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        assert self._flushed is not None
+        # Queued before the call, it also hides the time that the call's first launch takes on the host.
+        self._flushed.sum()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def _prepare(self, call: Call, graph: bool) -> tuple[Call, str]:
+        """The call warmed up, and where it can be captured its replay; with the method's name."""
+        if not self.is_gpu:
+            call()
+            return call, "perf_counter"
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        if not graph:
+            return call, "events"
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured):
+                call()
+            captured.replay()
+            torch.cuda.synchronize()
+        except Exception as error:  # noqa: BLE001, whatever forbids capture: the call can still be timed
+            torch.cuda.synchronize()
+            call()
+            return call, f"events, no graph: {type(error).__name__}"
+        return captured.replay, "graph"
+
+    def _failure(self, error: Exception) -> Failure:
+        failure = Failure.of(error)
+        error.__traceback__ = None
+        if self.is_gpu and isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        return failure
+
+
+def peak_bytes(device: torch.device, call: Call) -> int:
+    """Most device memory allocated while the call runs, beyond what was allocated before; 0 where it cannot be told."""
+    if device.type != "cuda":
+        call()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,273 @@
+"""Stages of the GPU suite about one linear layer in training: time and memory of every way to mask it, and of none.
+
+Baselines: ``dense`` trains the weight itself, ``eager`` masks in plain PyTorch as NeuroSurgeon 0.1.0 does (mask for
+the product, mask again for l0), ``compile`` is that under ``torch.compile``; all with a fused AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_inputs import WEIGHTS, named, random_logits, shapes
+from gpu_results import Context
+from gpu_timing import Failure, Timing, peak_bytes
+from torch import Tensor
+
+from csmask import functional
+from csmask._ops import ops
+
+MICRO_BATCHES = 8
+# Memory is that of steps of two micro-batches, in which kept weights, gradients and new gradients meet.
+MEMORY_TOKENS = 128
+
+
+class KeptForStep:
+    """``masked_weight.MaskedWeight`` for graphs: kept from the first micro-batch to the end of the step.
+
+    The layers' own does not keep anything while a graph is captured, since it could not see the logits change.
+    """
+
+    def __init__(self) -> None:
+        self.value: tuple[Tensor, Tensor] | None = None
+
+    def drop(self) -> None:
+        self.value = None
+
+    def get(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        if self.value is None:
+            self.value = ops.materialize(*arguments)[:2]
+        return self.value[0], self.value[1].clone()
+
+    def note_backward(self) -> None:
+        """Part of ``MaskedWeight``'s interface; a step is the same however many times backward comes by."""
+
+
+class Provider:
+    """One way to train a layer: ``forward(x) -> (out, l0 or None)`` and what an optimizer is to change."""
+
+    def __init__(
+        self,
+        parameter: torch.nn.Parameter,
+        forward: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.parameter, self.forward, self.start = parameter, forward, start
+        on_gpu = parameter.is_cuda
+        self.optimizer = torch.optim.AdamW([parameter], lr=1e-6, fused=on_gpu, capturable=on_gpu)
+        self.dl0 = torch.full((), 1e-8, device=parameter.device)
+
+    def micro_batch(self, x: Tensor, dout: Tensor) -> None:
+        """Forward and backward, with a gradient for the input, as a layer within a model has."""
+        x = x.detach().requires_grad_()
+        out, l0 = self.forward(x)
+        if l0 is None:
+            out.backward(dout)
+        else:
+            torch.autograd.backward([out, l0], [dout, self.dl0])
+
+    def step(self, x: Tensor, dout: Tensor, micro_batches: int, optimizer: bool = True) -> None:
+        self.parameter.grad = None
+        self.start()
+        for _ in range(micro_batches):
+            self.micro_batch(x, dout)
+        if optimizer:
+            self.optimizer.step()
+
+
+def plain_masked_linear(x: Tensor, weight: Tensor, logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """What a user writes without csmask."""
+    out = F.linear(x, weight * torch.sigmoid(temperature * logits).to(weight.dtype))
+    return out, torch.sigmoid(temperature * logits).sum()
+
+
+class Layer:
+    """A frozen weight ``(n, k)`` and its logits, from which each provider is built when it is its turn."""
+
+    def __init__(self, context: Context, n: int, k: int) -> None:
+        self.device = context.device
+        self.weight = (torch.randn(n, k, device=context.device) / k**0.5).to(context.dtype)
+        self.temperature = torch.tensor(1.5, device=context.device)
+        # One compiled function for all token counts: torch.compile makes their number a symbol at the second one.
+        backend = "aot_eager" if context.toy else "inductor"
+        self._compiled = torch.compile(plain_masked_linear, backend=backend)
+
+    def providers(self) -> dict[str, Callable[[], Provider]]:
+        return {
+            "dense": self._dense,
+            "eager": lambda: self._plain(plain_masked_linear),
+            "compile": lambda: self._plain(self._compiled),
+            "per_forward": lambda: self._masked("per_forward"),
+            "per_forward kept": lambda: self._masked("per_forward", KeptForStep()),
+            "in_kernel": lambda: self._masked("in_kernel"),
+            "neuron": lambda: self._masked("per_forward", unit="neuron"),
+        }
+
+    def _logits(self, unit: str = "weight") -> torch.nn.Parameter:
+        n, k = self.weight.shape
+        return torch.nn.Parameter(random_logits(n, 1 if unit == "neuron" else k, device=self.device))
+
+    def _dense(self) -> Provider:
+        weight = torch.nn.Parameter(self.weight.clone())
+        return Provider(weight, lambda x: (F.linear(x, weight), None))
+
+    def _plain(self, function: Callable[..., tuple[Tensor, Tensor]]) -> Provider:
+        logits = self._logits()
+        return Provider(logits, lambda x: function(x, self.weight, logits, self.temperature))
+
+    def _masked(self, execution: str, kept: KeptForStep | None = None, unit: str = "weight") -> Provider:
+        logits = self._logits(unit)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            return functional.masked_linear(
+                x, self.weight, logits, self.temperature, execution=execution, kept=kept,  # type: ignore[arg-type]
+                accumulate=True, return_l0=True,
+            )  # fmt: skip
+
+        return Provider(logits, forward, kept.drop if kept else lambda: None)
+
+
+# Time
+
+
+def training(context: Context) -> None:
+    """Forward + backward, full steps of 1 and of 8 micro-batches, and evaluation, at every shape."""
+    todo = shapes(context.toy)
+    layers: dict[tuple[int, int], Layer] = {}
+    for i, (n, k, m) in enumerate(todo):
+        x = named(n, k, m)
+        if context.is_over(x):
+            continue
+        if (n, k) not in layers:
+            layers.clear()
+            torch.compiler.reset()
+            layers[n, k] = Layer(context, n, k)
+        _train_shape(context, layers[n, k], m, x, context.left() / (len(todo) - i))
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _train_shape(context: Context, layer: Layer, m: int, x: str, seconds: float) -> None:
+    n, k = layer.weight.shape
+    inputs = torch.randn(m, k, device=context.device).to(context.dtype)
+    dout = torch.randn(m, n, device=context.device).to(context.dtype)
+    built = _build(context, layer, x)
+    modes: dict[str, dict[str, Any]] = {"forward+backward": {"micro_batches": 1, "optimizer": False}}
+    modes["step"] = {"micro_batches": 1}
+    several = 2 if context.toy else MICRO_BATCHES
+    modes[f"step of {several}"] = {"micro_batches": several}
+    for mode, arguments in modes.items():
+        if context.is_over(f"{mode} {x}"):
+            continue
+        calls = {name: (lambda p=p, a=arguments: p.step(inputs, dout, **a)) for name, p in built.items()}
+        _add_ratios(context, mode, x, context.measure("masked_linear", mode, x, calls, seconds / 6))
+    if not context.is_over(f"evaluation {x}"):
+        times = context.measure("masked_linear", "evaluation", x, _evaluation(context, layer, inputs, x), seconds / 8)
+        _add_ratios(context, "evaluation", x, times)
+
+
+def _build(context: Context, layer: Layer, x: str) -> dict[str, Provider]:
+    built = {}
+    for name, make in layer.providers().items():
+        try:
+            built[name] = make()
+        except Exception as error:  # noqa: BLE001, PERF203, recorded
+            context.fail(f"{name} {x}", Failure.of(error))
+    return built
+
+
+def _add_ratios(context: Context, mode: str, x: str, times: dict[str, Timing]) -> None:
+    """Beside each time, its ratio to dense in this very measurement."""
+    if "dense" in times:
+        for name, timing in times.items():
+            ratio = timing.p50 / times["dense"].p50
+            context.results.add("masked_linear", name, mode, "over dense", "x", x, ratio)
+
+
+def _evaluation(context: Context, layer: Layer, inputs: Tensor, x: str) -> dict[str, Callable[[], Any]]:
+    """Forwards under a hard mask: dense, by a masked weight made each time, in the kernel, and from packed bits."""
+    logits, weight, t = layer._logits().detach(), layer.weight, layer.temperature
+    calls: dict[str, Callable[[], Any]] = {"dense": lambda: F.linear(inputs, weight)}
+    for execution in ("per_forward", "in_kernel"):
+        calls[execution] = lambda e=execution: functional.masked_linear(
+            inputs, weight, logits, t, hard=True, execution=e
+        )
+    try:
+        bits = functional.pack_mask(logits)
+        calls["bits"] = lambda: functional.bitmask_linear(inputs, weight, bits)
+    except Exception as error:  # noqa: BLE001, recorded
+        context.fail(f"bits {x}", Failure.of(error))
+    return {name: torch.no_grad()(call) for name, call in calls.items()}
+
+
+# Memory
+
+
+def memory(context: Context) -> None:
+    """Bytes per weight of each provider: resident after a step, at the peak, and saved for backward."""
+    for n, k in [(32, 48)] if context.toy else WEIGHTS:
+        layer = Layer(context, n, k)
+        m = 16 if context.toy else MEMORY_TOKENS
+        inputs = torch.randn(m, k, device=context.device).to(context.dtype)
+        dout = torch.randn(m, n, device=context.device).to(context.dtype)
+        for name, make in layer.providers().items():
+            x = named(n, k, m)
+            if context.is_over(f"{name} {x}"):
+                continue
+            try:
+                _measure_memory(context, name, x, make, inputs, dout, layer.weight)
+            except Exception as error:  # noqa: BLE001, recorded
+                context.fail(f"{name} {x}", Failure.of(error))
+        torch.compiler.reset()
+
+
+def _measure_memory(
+    context: Context, name: str, x: str, make: Callable[[], Provider], inputs: Tensor, dout: Tensor, weight: Tensor
+) -> None:
+    device, held = context.device, []
+
+    def grow() -> None:
+        provider = make()
+        for _ in range(2):
+            provider.step(inputs, dout, 2)
+        held.append(provider)
+
+    grow()  # libraries' workspaces and compiled code are made, and do not count
+    held.clear()
+    before = _allocated(device)
+    peak = peak_bytes(device, grow)
+    # dense trains a copy of its own and needs no other; the others share the frozen weight, which is theirs too.
+    frozen = 0 if name == "dense" else weight.nbytes
+    resident = _allocated(device) - before + frozen
+    saved = _saved_bytes(held[0], inputs, weight)
+    if device.type == "cuda":
+        context.results.add("masked_linear", name, "memory", "resident", "bytes/weight", x, resident / weight.numel())
+        context.results.add(
+            "masked_linear", name, "memory", "peak", "bytes/weight", x, (peak + frozen) / weight.numel()
+        )
+    context.results.add(
+        "masked_linear", name, "memory", "saved for backward", "bytes/weight", x, saved / weight.numel()
+    )
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _saved_bytes(provider: Provider, inputs: Tensor, weight: Tensor) -> int:
+    """Bytes that autograd keeps from forward to backward, beyond input, weight and the trained parameter."""
+    known = {t.untyped_storage().data_ptr() for t in (inputs, weight, provider.parameter)}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    provider.start()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        provider.forward(inputs.detach().requires_grad_())
+    return sum(found.values())

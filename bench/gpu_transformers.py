@@ -1,0 +1,132 @@
+"""The GPU suite's last stage: a training step of whole transformers, built from configs with random weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_inputs import random_logits
+from gpu_results import Context
+from gpu_timing import Failure, peak_bytes
+from torch import Tensor, nn
+
+from csmask import CircuitConfig, CircuitModel
+
+EXECUTIONS = ("auto", "per_forward", "in_kernel")
+TOY = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,
+}  # fmt: skip
+LLAMA = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 16,
+    "vocab_size": 8192,
+}  # fmt: skip
+
+
+class EagerMaskedLinear(nn.Module):
+    """A linear layer masked in plain PyTorch, as NeuroSurgeon 0.1.0 does it: the baseline."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.mask_logits = nn.Parameter(random_logits(*linear.weight.shape, device=linear.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.sigmoid(self.mask_logits)
+        return F.linear(x, self.linear.weight * mask.to(self.linear.weight.dtype), self.linear.bias)
+
+
+def transformers(context: Context) -> None:
+    """Full steps (forward, backward, AdamW) dense, eager and in every execution; skipped where transformers is not."""
+    try:
+        models = _models(context)
+    except ImportError as error:
+        context.record["reason"] = f"transformers is not there: {error}"
+        return
+    for name, (make, inputs) in models.items():
+        x = f"{tuple(inputs['input_ids'].shape)}"
+        if context.is_over(name):
+            continue
+        calls = {}
+        base = make()
+        for provider in ("dense", "eager", *EXECUTIONS):
+            try:
+                calls[provider] = _step(provider, copy.deepcopy(base), inputs)
+            except Exception as error:  # noqa: BLE001, PERF203, recorded
+                context.fail(f"{name} {provider}", Failure.of(error))
+        # Whole models are launched as they are: what the host adds is part of the time.
+        times = context.measure(name, "step", x, calls, context.left() / 3, graph=False)
+        for provider, timing in times.items():
+            if "dense" in times:
+                context.results.add(name, provider, "step", "over dense", "x", x, timing.p50 / times["dense"].p50)
+            if context.device.type == "cuda":
+                peak = peak_bytes(context.device, calls[provider])
+                context.results.add(name, provider, "step", "peak beside what is resident", "MiB", x, peak / 2**20)
+        del calls, base
+
+
+def _models(context: Context) -> dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor]]]:
+    """By name: what builds a model, and a batch for it."""
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    shape = TOY if context.toy else LLAMA
+    bert = TOY if context.toy else {"vocab_size": shape["vocab_size"]}  # BERT's defaults are BERT-base
+    batches = ((1, 8), (1, 8)) if context.toy else ((2, 1024), (16, 128))
+
+    def build(kind: type[nn.Module], config: Any) -> Callable[[], nn.Module]:
+        return lambda: kind(config).to(context.device, context.dtype)
+
+    def batch(shape: tuple[int, int], labels: Callable[[Tensor], Tensor], vocabulary: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, vocabulary, shape, device=context.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels(ids)}
+
+    causal = batch(batches[0], lambda ids: ids, shape["vocab_size"])
+    classes = batch(batches[1], lambda ids: ids[:, 0] % 2, shape["vocab_size"])
+    return {
+        "llama": (build(LlamaForCausalLM, LlamaConfig(**shape, use_cache=False)), causal),
+        "bert": (build(BertForSequenceClassification, BertConfig(**bert)), classes),
+    }
+
+
+def _step(provider: str, model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
+    """A full training step of the model under a provider."""
+    model.eval()  # no dropout, for nobody
+    if provider == "dense":
+        parameters = [p.requires_grad_() for p in model.parameters()]
+    elif provider == "eager":
+        parameters = _mask_eagerly(model)
+    else:
+        config = CircuitConfig(target_layers="all-linear", execution=provider, l0_lambda=1e-8)
+        model = CircuitModel(config, model)
+        parameters = model.mask_parameters()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(random_logits(*parameter.shape, device=parameter.device))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=parameters[0].is_cuda)
+    masked = [m for m in model.modules() if isinstance(m, EagerMaskedLinear)]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        for layer in masked:
+            loss = loss + 1e-8 * torch.sigmoid(layer.mask_logits).sum()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _mask_eagerly(model: nn.Module) -> list[nn.Parameter]:
+    """Mask every linear layer but the output head, as "all-linear" does."""
+    model.requires_grad_(False)
+    heads = ("lm_head", "classifier")
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in heads]
+    masked = []
+    for name, linear in found:
+        parent, _, attribute = name.rpartition(".")
+        layer = EagerMaskedLinear(linear)
+        setattr(model.get_submodule(parent), attribute, layer)
+        masked.append(layer.mask_logits)
+    return masked
