@@ -24,7 +24,7 @@ TARGETS = {
     "gfx942": Target("hip", "gfx942", "MI300X-like", 304),
     "gfx950": Target("hip", "gfx950", "MI355X-like", 256),
 }
-# Shared memory that one program may have, in bytes. CUDA C++ programming guide, table of compute capabilities; CDNA ISA.
+# Shared memory that a program may have, in bytes: CUDA C++ programming guide, table of compute capabilities; CDNA ISA.
 SHARED_LIMIT = {
     "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10, "gfx942": 64 << 10,
     "gfx950": 160 << 10,
@@ -37,20 +37,23 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a compiled kernel costs. ``registers`` and ``spills`` (bytes) are per thread, -1 where they cannot be told."""
+    """What a compiled kernel costs; ``registers`` and ``spills`` (bytes) are per thread, -1 where unknown."""
 
     registers: int
     spills: int
     shared: int
     assembly: str  # PTX or AMD GCN assembly
     machine: str  # SASS, or the same as ``assembly``
+    ir: str  # Triton's own, before a layout is chosen
 
     def count(self, pattern: str) -> int:
-        """Lines of the machine code that hold a match of the regular expression."""
+        """Matches of the regular expression in the machine code."""
         return len(re.findall(pattern, self.machine, re.MULTILINE))
 
 
-def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
+def signature(
+    launch: Launch, backend: str = "cuda"
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], list]]:
     """Types, constants and alignments of a launch's arguments, as Triton's own launcher would specialise them."""
     types: dict[str, str] = {}
     constants: dict[str, Any] = dict(launch.constants)
@@ -66,6 +69,8 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         elif isinstance(value, torch.Tensor):
             types[name] = f"*{_TYPES[value.dtype]}"
             aligned = value.storage_offset() * value.element_size() % 16 == 0
+            if backend == "hip" and value.untyped_storage().nbytes() < 2**31:  # 32-bit offsets: buffer instructions
+                attributes[(index,)] = [["tt.pointer_range", 32]]
         elif isinstance(value, TensorDescriptor):
             shape = ", ".join(map(str, value.block_shape))
             types[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
@@ -77,13 +82,13 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
         else:
             raise TypeError(f"{name}: a kernel cannot take a {type(value).__name__}")
         if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16], *attributes.get((index,), [])]
     return types, constants, attributes
 
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile the launch's kernel for the target with the launch's own types, constants and options."""
-    types, constants, attributes = signature(launch)
+    types, constants, attributes = signature(launch, target.backend)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
     arch = int(target.arch) if target.backend == "cuda" else target.arch
     gpu = GPUTarget(target.backend, arch, 32 if target.backend == "cuda" else 64)
@@ -92,8 +97,11 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     if target.backend == "hip":
         assembly = kernel.asm["amdgcn"]
         found = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|agpr_count):\s+(\d+)", assembly)}
-        return Compiled(found["vgpr_count"], found["vgpr_spill_count"] * 4, shared, assembly, assembly)
-    return Compiled(*_resources(kernel.asm["cubin"]), shared, kernel.asm["ptx"], _disassemble(kernel.asm["cubin"]))
+        return Compiled(
+            found["vgpr_count"], found["vgpr_spill_count"] * 4, shared, assembly, assembly, kernel.asm["ttir"]
+        )
+    cubin = kernel.asm["cubin"]
+    return Compiled(*_resources(cubin), shared, kernel.asm["ptx"], _disassemble(cubin), kernel.asm["ttir"])
 
 
 def _tool(name: str) -> str:
@@ -115,4 +123,4 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _disassemble(cubin: bytes) -> str:
-    return _read_cubin("nvdisasm", cubin)
+    return _read_cubin("nvdisasm", cubin, "--print-code")
