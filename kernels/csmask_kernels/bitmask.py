@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, check_supported, get_config, run, target_of, tile
+from .launch import ElementwiseConfig, Launch, Target, check_supported, get_config, like, run, target_of, tile
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=4)
 
@@ -148,7 +148,7 @@ def plan_apply(
     logical = torch.empty(weight.shape, device="meta")  # for its strides
     tiling = tile(weight.shape, config.block, out, weight, logical)
     if tiling is None:
-        arguments["w_ptr"] = torch.empty_like(out, dtype=weight.dtype).copy_(weight)
+        arguments["w_ptr"] = like(weight, out)
         tiling = tile(weight.shape, config.block, out, arguments["w_ptr"], logical)
     if tiling is None:  # a weight of four strided dimensions: no layer has one
         raise NotImplementedError(f"weight strides {weight.stride()} of shape {tuple(weight.shape)}; use .contiguous()")

@@ -2,7 +2,7 @@
 
 Bit for bit: everything is integer arithmetic but the last steps, an exact conversion and products by fp32 constants
 that are rounded one after the other. There is no sum for the compiler to fuse a product into, and without fast-math,
-which Triton does not use, it may not merge two products.
+which Triton does not use, it may not merge two products (compiled for sm_90 and gfx942 with Triton 3.9: two per value).
 """
 
 from __future__ import annotations

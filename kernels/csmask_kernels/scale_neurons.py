@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, run, target_of
+from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, like, run, target_of
 from .mask import apply_mask, load_temperature, mask_value, soft_mask_derivative
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=4)
@@ -176,7 +176,7 @@ def _walk_or_copy(dim: int, block: int, target: Target, *tensors: Tensor) -> tup
     walk = _walk(dim, block, target, *tensors)
     if walk is None:
         first = tensors[0]
-        tensors = (first, *(torch.empty_like(first, dtype=t.dtype).copy_(t) for t in tensors[1:]))
+        tensors = (first, *(like(t, first) for t in tensors[1:]))
         walk = _walk(dim, block, target, *tensors)
         assert walk is not None, "the first tensor is dense: the dimensions on either side of the units are one each"
     return walk, list(tensors)
