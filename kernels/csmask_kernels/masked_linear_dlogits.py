@@ -46,12 +46,8 @@ def _halves(tile):
 def _pieces(tile, SUBTILES: tl.constexpr):
     """A tuple of 1, 2 or 4 pieces of a tile, from left to right: W and S of a whole one would spill registers."""
     tl.static_assert(SUBTILES == 1 or SUBTILES == 2 or SUBTILES == 4)
-    pieces = (tile,)
-    if SUBTILES >= 2:
-        pieces = _halves(tile)
-    if SUBTILES == 4:
-        pieces = _halves(pieces[0]) + _halves(pieces[1])
-    return pieces
+    left, right = _halves(tile)
+    return (tile,) if SUBTILES == 1 else (left, right) if SUBTILES == 2 else _halves(left) + _halves(right)
 
 
 @triton.jit
@@ -242,7 +238,7 @@ def _precision(target: Target) -> str:
     """How fp32 operands are multiplied: on NVIDIA in TF32 if torch may, else in three TF32 products."""
     if target.backend != "cuda":
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _config(target: Target, tokens: int, rows: int, columns: int) -> GemmConfig:
@@ -259,7 +255,7 @@ def _for_dtype(config: GemmConfig, dtype: torch.dtype) -> GemmConfig:
     """The config for operands of this dtype: fp32 ones take twice the memory, and registers for their TF32 parts."""
     if dtype != torch.float32:
         return config
-    large = config.block_m * config.block_n > 64 * 128
+    large = config.block_m * config.block_n > 64 * 64
     return dataclasses.replace(
         config,
         block_m=min(config.block_m, 128),
@@ -275,13 +271,15 @@ def candidate_configs(target: Target, m: int, n: int, k: int) -> list[GemmConfig
     """Configs worth measuring for m tokens and a weight of n x k: at most ten, none of which spills registers."""
     stages = 2 if target.backend == "hip" else 3
     step = min(64, max(16, triton.next_power_of_2(m)))
-    few = [
-        GemmConfig(r, c, step, subtiles=s, num_stages=stages) for r, c, s in ((64, 64, 1), (64, 128, 2), (128, 64, 1))
-    ]
-    if m <= 64:
-        return few
-    large = [GemmConfig(128, 128, step, subtiles=4, num_warps=8, num_stages=s) for s in (stages, stages)]
-    return few + large
+    # Each: block_m, block_n, subtiles, warps.
+    small = ((64, 64, 1, 4), (64, 128, 2, 4), (64, 128, 4, 4), (32, 128, 1, 4), (128, 64, 2, 4))
+    found = [GemmConfig(r, c, step, subtiles=s, num_warps=w, num_stages=stages) for r, c, s, w in small]
+    if m > 64:
+        found += [GemmConfig(128, 128, d, subtiles=4, num_warps=8, num_stages=stages) for d in (32, 64)]
+        if target.has_descriptors and target.family != "sm_120":  # whose 99 KB hold no stages beside the pieces
+            large = ((128, 128, 4, 4, 2), (128, 128, 4, 8, 3), (128, 256, 4, 8, 3))
+            found += [GemmConfig(r, c, 64, 8, 1, False, True, s, w, stages) for r, c, s, w, stages in large]
+    return [c for c in found if c.block_m <= max(64, n) and c.block_n <= max(64, k)]
 
 
 def masked_linear_dlogits(
