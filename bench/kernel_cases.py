@@ -122,7 +122,7 @@ def masked_linear_cases(target: Target) -> Iterator[Case]:
                 mask, bias = masked_linear.logits_mask(weight, logits, TEMPERATURE, False, 1.0), weight[0]
                 if op == "masked_linear_dx":
                     weight, mask, bias = weight.t(), mask.transposed(), None
-                config = masked_linear_config.choose_config(op, target, x, weight)
+                config = masked_linear_config.choose_config(op, target, x, weight, mask)
                 launches, _ = masked_linear.plan(x, weight, mask, bias, x, bias is not None, target, config)
                 yield f"{op} m={row['m']} {dtype}", launches[0]
     default = masked_linear_config.DEFAULT_CONFIG

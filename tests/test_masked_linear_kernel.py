@@ -279,6 +279,12 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def chosen(target, x, weight, logits=None):
+    logits = meta(*weight.shape, dtype=torch.float32) if logits is None else logits
+    mask = ml.logits_mask(weight, logits, meta(dtype=torch.float32), False, 1.0)
+    return configs.choose_config("masked_linear", target, x, weight, mask)
+
+
 @pytest.mark.filterwarnings("ignore:no launch configs measured")
 @pytest.mark.parametrize("family", ["cuda 80", "cuda 90", "cuda 100", "cuda 120", "hip gfx942", "hip gfx950"])
 @pytest.mark.parametrize("m", [1, 16, 300, 8192])
@@ -287,9 +293,9 @@ def test_the_table_s_config_is_fitted(m, family):
     backend, arch = family.split()
     target = Target(backend, arch, "no such device", 132)
     x, weight = meta(m, 4096), meta(4096, 4096)
-    narrow = configs.choose_config("masked_linear", target, x, weight)
+    narrow = chosen(target, x, weight)
     for wide in ((x.float(), weight), (x, weight.float()), (x.float(), weight.float())):
-        assert configs.choose_config("masked_linear", target, *wide).block_k == max(narrow.block_k // 2, 16)
+        assert chosen(target, *wide).block_k == max(narrow.block_k // 2, 16)
     filled = configs.fill(narrow, target, m, 4096, 4096)
     programs = -(-m // filled.block_m) * -(-4096 // filled.block_n) * filled.split_k
     assert filled.split_k == 1 or programs <= 132
@@ -301,10 +307,22 @@ def test_the_table_s_config_is_fitted(m, family):
 def test_persistence_needs_a_tile_for_each_multiprocessor(monkeypatch):
     row = {"m": 16, "block_m": 128, "block_n": 128, "persistent": True}
     monkeypatch.setattr(configs, "get_config", lambda *_: GemmConfig(**{k: v for k, v in row.items() if k != "m"}))
-    enough = configs.choose_config("masked_linear", H200, meta(128 * 12, 768), meta(128 * 11, 768))
-    few = configs.choose_config("masked_linear", H200, meta(128 * 12, 768), meta(128 * 10, 768))
+    enough = chosen(H200, meta(128 * 12, 768), meta(128 * 11, 768))
+    few = chosen(H200, meta(128 * 12, 768), meta(128 * 10, 768))
     assert (enough.persistent, enough.split_k) == (True, 1)
     assert (few.persistent, few.split_k) == (False, 0)
+
+
+def test_tensors_that_are_not_loaded_16_bytes_at_a_time_get_small_tiles(monkeypatch):
+    row = GemmConfig(block_m=256, block_n=256, block_k=64, persistent=True)
+    monkeypatch.setattr(configs, "get_config", lambda *_: row)
+    assert chosen(H200, meta(8192, 4096), meta(4096, 4096)) == row
+    assert chosen(H200, meta(8192, 4104), meta(4096, 4104)) == row  # whole 16 bytes, which the TMA unit asks for
+    assert chosen(H200, meta(8192, 4097), meta(4096, 4097)) == configs.DEFAULT_CONFIG
+    neuron = meta(4096, 1, dtype=torch.float32)
+    assert chosen(H200, meta(8192, 4096), meta(4096, 4096), neuron) == configs.DEFAULT_CONFIG
+    narrow_out = chosen(H200, meta(8192, 4096), meta(4097, 4096))
+    assert (narrow_out.block_m, narrow_out.block_n, narrow_out.persistent) == (128, 128, False)
 
 
 @pytest.mark.parametrize("family", ["cuda 80", "cuda 90", "cuda 100", "cuda 120", "hip gfx942", "hip gfx950"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from .launch import GemmConfig, Launch, Target, check_supported, run, target_of
 from .mask import apply_mask, load_temperature, mask_value
 from .masked_linear_config import candidate_configs, choose_config, fill
-from .masked_linear_persistent import plan_persistent, tile_of
+from .masked_linear_persistent import can_persist, plan_persistent, tile_of
 
 __all__ = ["bitmask_linear", "bitmask_linear_dx", "candidate_configs", "masked_linear", "masked_linear_dx"]
 
@@ -151,6 +151,11 @@ class Mask:
     hard: bool
     scale: float
 
+    @property
+    def logits(self) -> Tensor | None:
+        """The logits, or none for bits."""
+        return None if self.is_bits else self.source
+
     def transposed(self) -> Mask:
         """The mask of the transposed weight."""
         source = self.source if self.is_bits else self.source.t()
@@ -218,10 +223,8 @@ def plan(
         "SPLIT_K": splits, "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
-    if config.persistent and (target.has_descriptors or target.backend == "interpreter") and not mask.is_bits:
-        launch = plan_persistent(x, weight, mask.source, out, arguments, constants, target, config)
-        if launch is not None:
-            return [launch], l0
+    if mask.logits is not None and config.persistent and can_persist(target, x, weight, mask.logits):
+        return [plan_persistent(x, weight, mask.logits, out, arguments, constants, target, config)], l0
     grid = (tiles_m * tiles_n, splits)
     launches = [Launch(_masked_linear_fwd_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
     if partial is not None:
@@ -246,12 +249,10 @@ def _multiply(
     config: GemmConfig | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``x[M, K] (weight * mask)[N, K]^T + bias`` in x's dtype, and the mask's sum where ``count``."""
-    check_supported(x=x, weight=weight, bias=bias)
-    if not mask.is_bits:
-        check_supported(mask_logits=mask.source)
+    check_supported(x=x, weight=weight, mask_logits=mask.logits, bias=bias)
     target = target_of(x)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    config = config or choose_config(op, target, x, weight)
+    config = config or choose_config(op, target, x, weight, mask)
     launches, l0 = plan(x, weight, mask, bias, out, count, target, config)
     run(x.device, *launches)
     return out, None if l0 is None else l0.sum()

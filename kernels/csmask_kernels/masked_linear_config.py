@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
 
 from .launch import GemmConfig, Target, get_config
+from .masked_linear_persistent import can_persist
+
+if TYPE_CHECKING:
+    from .masked_linear import Mask
 
 # Compiled without spills for sm_80 to sm_120, gfx942 and gfx950. split_k = 0 is resolved by ``fill``.
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=0)
@@ -61,14 +66,27 @@ def candidate_configs(op: str, target: Target, m: int, n: int, k: int) -> list[G
     return found[:12]
 
 
-def choose_config(op: str, target: Target, x: Tensor, weight: Tensor) -> GemmConfig:
-    """The config for ``x (M, K)`` and ``weight (N, K)``: the target's, made to fit their dtypes and the sizes."""
+def choose_config(op: str, target: Target, x: Tensor, weight: Tensor, mask: Mask) -> GemmConfig:
+    """The config for ``x (M, K)`` and ``weight (N, K)``: the target's, made to fit their dtypes, sizes and layouts."""
     m, n = x.shape[0], weight.shape[0]
     config: GemmConfig = fit_dtypes(get_config(op, target, m, DEFAULT_CONFIG), x, weight)
-    if config.persistent and _tiles(config, m, n) < target.multiprocessors:
+    if config.persistent:
+        if _tiles(config, m, n) >= target.multiprocessors and can_persist(target, x, weight, mask.logits):
+            return config
         # With less than a tile for each multiprocessor there is nothing to overlap a tile's end with, but K to split.
         config = replace(config, persistent=False, split_k=0)
+    operands = ((x.shape, x.stride()), (weight.shape, weight.stride()), (weight.shape, mask.strides))
+    if not all(_is_loaded_whole(shape, strides) for shape, strides in operands):
+        # Rows that are loaded element by element take an address each: larger tiles spill registers.
+        return fit_dtypes(DEFAULT_CONFIG, x, weight)
+    if n % 16:  # so do the rows of out, once
+        config = _at_most_128(config)
     return config
+
+
+def _is_loaded_whole(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether Triton, which tells multiples of 16 elements from others, loads 16 bytes at once along a dimension."""
+    return any(strides[d] == 1 and shape[d] % 16 == 0 and strides[1 - d] % 16 == 0 and strides[1 - d] for d in (0, 1))
 
 
 def fit_dtypes(config: GemmConfig, x: Tensor, weight: Tensor) -> GemmConfig:
@@ -79,8 +97,12 @@ def fit_dtypes(config: GemmConfig, x: Tensor, weight: Tensor) -> GemmConfig:
     if torch.float32 in (x.dtype, weight.dtype):
         config = replace(config, block_k=max(config.block_k // 2, 16))
     if x.dtype == torch.float32:
-        config = replace(config, block_m=min(config.block_m, 128), block_n=min(config.block_n, 128))
+        config = _at_most_128(config)
     return config
+
+
+def _at_most_128(config: GemmConfig) -> GemmConfig:
+    return replace(config, block_m=min(config.block_m, 128), block_n=min(config.block_n, 128))
 
 
 def fill(config: GemmConfig, target: Target, m: int, n: int, k: int) -> GemmConfig:

@@ -77,18 +77,27 @@ def _masked_linear_persistent_kernel(
         out_desc.store([start_m, start_n], acc.to(out_desc.dtype))
 
 
-def can_describe(tensor: Tensor) -> bool:
+def can_persist(target: Target, x: Tensor, weight: Tensor, logits: Tensor | None) -> bool:
+    """Whether the target has the persistent form and descriptors can hold the tensors and ``out (M, N)``."""
+    if logits is None or not (target.has_descriptors or target.backend == "interpreter"):
+        return False
+    m, n = x.shape[0], weight.shape[0]
+    out_fits = m * n > 0 and n * x.element_size() % 16 == 0
+    return out_fits and _can_describe(x) and _is_k_first(weight, logits) is not None
+
+
+def _can_describe(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can hold the 2-d tensor: rows of whole 16 bytes from an aligned base."""
     row, column = tensor.stride()
     size = tensor.element_size()
     return tensor.numel() > 0 and column == 1 and row > 0 and row * size % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
-def is_k_first(weight: Tensor, logits: Tensor) -> bool | None:
+def _is_k_first(weight: Tensor, logits: Tensor) -> bool | None:
     """Whether W and the logits, views of ``(N, K)``, lie as ``(K, N)``; None where no descriptor can hold them."""
-    if can_describe(weight) and can_describe(logits):
+    if _can_describe(weight) and _can_describe(logits):
         return False
-    if can_describe(weight.t()) and can_describe(logits.t()):
+    if _can_describe(weight.t()) and _can_describe(logits.t()):
         return True
     return None
 
@@ -102,11 +111,9 @@ def plan_persistent(
     constants: dict[str, Any],
     target: Target,
     config: GemmConfig,
-) -> Launch | None:
-    """The persistent launch with the pointer form's arguments and constants; None where tensors do not allow it."""
-    k_first = is_k_first(weight, logits)
-    if k_first is None or not can_describe(x) or not can_describe(out):
-        return None
+) -> Launch:
+    """The launch on tensors that ``can_persist`` accepts, with the pointer form's other arguments and constants."""
+    k_first = bool(_is_k_first(weight, logits))
     block_m, block_n, block_k = config.block_m, config.block_n, config.block_k
     if k_first:
         weight, logits = weight.t(), logits.t()
