@@ -327,7 +327,7 @@ def test_scale_neurons_gradients(dim):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_scale_neurons_selects_and_rounds_once(dtype):
+def test_scale_neurons_selects(dtype):
     z = torch.tensor([[math.nan, math.inf, -2.0, -0.0, 3.0], [1.0, -math.inf, math.nan, -5.0, math.inf]], dtype=dtype)
     logits = torch.tensor([-1.0, 0.0, math.nan, -0.0, 1e-40])
     out = reference.scale_neurons(z, logits, 5.0, None, True)
@@ -336,11 +336,14 @@ def test_scale_neurons_selects_and_rounds_once(dtype):
     assert not out.signbit().any()
     bias = torch.arange(1.0, 6.0).to(dtype)
     assert reference.scale_neurons(z, logits, 5.0, bias, True)[0].tolist() == [1, 2, 3, 4, 8]
-    # half an ulp of z * m is lost where the product is rounded before the bias is added
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scale_neurons_rounds_the_sum_with_the_bias_once(dtype):
+    """``0.75 * (1 + eps)`` lies between two numbers of the dtype; less 0.75, it is one."""
     eps = torch.finfo(dtype).eps
-    one = torch.tensor([1 + eps], dtype=dtype)
-    want = (one.double() * 0.5 - 0.5).to(dtype)
-    assert torch.equal(reference.scale_neurons(one, torch.zeros(1), 1.0, -0.5 * torch.ones(1, dtype=dtype)), want)
+    z, bias = torch.tensor([1 + eps], dtype=dtype), torch.tensor([-0.75], dtype=dtype)
+    assert reference.scale_neurons(z, torch.zeros(1), 1.0, bias, scale=1.5).item() == 0.75 * eps
 
 
 BIT_SHAPES = [(), (0,), (3, 0), (1,), (31,), (32,), (33,), (7, 13), (2, 3, 5, 7), (64, 32)]

@@ -155,10 +155,10 @@ def test_a_hard_mask_selects():
 
 
 def test_the_sum_with_the_bias_is_rounded_once():
-    one = torch.tensor([[1 + 2.0**-10]], dtype=torch.float16)
-    half = torch.tensor([-0.5], dtype=torch.float16)
-    out = kernel.scale_neurons(one, torch.zeros(1), torch.tensor(1.0), half, False, 1.0, 1, SMALL)
-    assert out.item() == 2.0**-11
+    """``0.75 * (1 + 2**-10)`` lies between two fp16 numbers; less 0.75, it is one."""
+    z, bias = torch.tensor([[1 + 2.0**-10]], dtype=torch.float16), torch.tensor([-0.75], dtype=torch.float16)
+    out = kernel.scale_neurons(z, torch.zeros(1), torch.tensor(1.0), bias, False, 1.5, 1, SMALL)
+    assert out.item() == 0.75 * 2.0**-10
 
 
 @pytest.mark.parametrize("dl0", [None, torch.tensor(-0.5)])
