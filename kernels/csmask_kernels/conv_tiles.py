@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Target
+from .launch import GemmConfig, Target
 from .mask import apply_mask, mask_value
 
 Pair = tuple[int, int]
@@ -38,6 +38,17 @@ def masked_tile(
 def block_for(block: int, size: int) -> int:
     """``block``, or the power of two (at least the matrix unit's 16) that covers a smaller size."""
     return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def sum_block_for(config: GemmConfig, size: int, dtype: torch.dtype) -> int:
+    """``block_k`` for a sum over ``size``: configs are made for 2-byte operands, 4-byte ones take half the step."""
+    return block_for(max(config.block_k * 2 // dtype.itemsize, 16), size)
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether offsets within these tensors need 64 bits; in 32 they take half the registers."""
+    extents = (sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t.numel())
+    return max(extents, default=0) >= 2**31
 
 
 def image_strides(**images: Tensor) -> dict[str, int]:

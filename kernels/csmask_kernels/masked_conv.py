@@ -42,10 +42,12 @@ from .conv_tiles import (
     empty_in_format_of,
     geometry,
     image_strides,
+    is_wide,
     masked_tile,
     output_pixels,
+    sum_block_for,
     weight_strides,
-)  # fmt: skip
+)
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import load_temperature
 
@@ -60,6 +62,7 @@ def _masked_conv_fwd_kernel(
     stride_wo, stride_wc, stride_wh, stride_ww, stride_so, stride_sc, stride_sh, stride_sw, stride_bias,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, FLAT: tl.constexpr, PIXELS_INNER: tl.constexpr,
+    WIDE: tl.constexpr,
     HARD: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -74,20 +77,22 @@ def _masked_conv_fwd_kernel(
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     PIXEL_AXIS: tl.constexpr = 0 if PIXELS_INNER else 1  # the axis that a vector of pixels is broadcast along
     SUM_AXIS: tl.constexpr = 1 - PIXEL_AXIS
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     tiles_n = tl.cdiv(out_channels, BLOCK_N)
     pid_m = tl.program_id(0) // tiles_n
     pid_n = tl.program_id(0) % tiles_n
 
     image, p, q = output_pixels(pid_m, out_height, out_width, BLOCK_M)
-    image, p, q = tl.expand_dims(image, PIXEL_AXIS), tl.expand_dims(p, PIXEL_AXIS), tl.expand_dims(q, PIXEL_AXIS)
+    image = tl.expand_dims(image.to(OFFSET), PIXEL_AXIS)
+    p, q = tl.expand_dims(p, PIXEL_AXIS), tl.expand_dims(q, PIXEL_AXIS)
     is_pixel = image < batch
     h0 = p * STRIDE_H - pad_h
     w0 = q * STRIDE_W - pad_w
-    x_pixels = x_ptr + image * stride_xb + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
+    x_pixels = image * stride_xb + h0.to(OFFSET) * stride_xh + w0.to(OFFSET) * stride_xw
     offs_o = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     is_o = offs_o < out_channels
-    w_rows = w_ptr + offs_o.to(tl.int64)[:, None] * stride_wo
-    s_rows = s_ptr + offs_o.to(tl.int64)[:, None] * stride_so
+    w_rows = offs_o.to(OFFSET)[:, None] * stride_wo
+    s_rows = offs_o.to(OFFSET)[:, None] * stride_so
 
     temperature = load_temperature(t_ptr)
     if PIXELS_INNER:
@@ -101,25 +106,26 @@ def _masked_conv_fwd_kernel(
             k = step * BLOCK_K + tl.arange(0, BLOCK_K)
             is_k = k < channels * TAPS
             c, tap = k // TAPS, k % TAPS
-            w_offs, s_offs = k.to(tl.int64) * stride_wc, k.to(tl.int64) * stride_sc
+            w_offs, s_offs = k.to(OFFSET) * stride_wc, k.to(OFFSET) * stride_sc
             kh, kw = tl.expand_dims(tap // KERNEL_W, SUM_AXIS), tl.expand_dims(tap % KERNEL_W, SUM_AXIS)
         else:
             c = (step % tiles_c) * BLOCK_K + tl.arange(0, BLOCK_K)
             is_k = c < channels
             kh, kw = (step // tiles_c) // KERNEL_W, (step // tiles_c) % KERNEL_W
-            w_offs = c.to(tl.int64) * stride_wc + kh.to(tl.int64) * stride_wh + kw.to(tl.int64) * stride_ww
-            s_offs = c.to(tl.int64) * stride_sc + kh.to(tl.int64) * stride_sh + kw.to(tl.int64) * stride_sw
+            w_offs = c.to(OFFSET) * stride_wc + kh.to(OFFSET) * stride_wh + kw.to(OFFSET) * stride_ww
+            s_offs = c.to(OFFSET) * stride_sc + kh.to(OFFSET) * stride_sh + kw.to(OFFSET) * stride_sw
         h = h0 + kh * DILATION_H
         w = w0 + kw * DILATION_W
         inside = is_pixel & (h >= 0) & (h < height) & (w >= 0) & (w < width) & tl.expand_dims(is_k, SUM_AXIS)
-        x_offs = tl.expand_dims(c.to(tl.int64) * stride_xc, SUM_AXIS)
-        x_offs += (kh * DILATION_H).to(tl.int64) * stride_xh + (kw * DILATION_W).to(tl.int64) * stride_xw
-        x = tl.load(x_pixels + x_offs, mask=inside, other=0.0)
+        x_offs = tl.expand_dims(c.to(OFFSET) * stride_xc, SUM_AXIS)
+        x_offs += (kh * DILATION_H).to(OFFSET) * stride_xh + (kw * DILATION_W).to(OFFSET) * stride_xw
+        x = tl.load(x_ptr + (x_pixels + x_offs), mask=inside, other=0.0)
 
         is_weight = is_o[:, None] & is_k[None, :]
         wm, mask = masked_tile(
-            w_rows + w_offs[None, :], s_rows + s_offs[None, :], is_weight, temperature, scale, x.dtype, HARD, SCALED
-        )
+            w_ptr + (w_rows + w_offs[None, :]), s_ptr + (s_rows + s_offs[None, :]), is_weight,
+            temperature, scale, x.dtype, HARD, SCALED,
+        )  # fmt: skip
         if pid_m == 0:
             # Where the tile hangs over, the logit 0 has a soft mask of 1/2: it must not count.
             l0 += tl.sum(tl.where(is_weight, mask, 0.0))
@@ -131,9 +137,9 @@ def _masked_conv_fwd_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_o * stride_bias, mask=is_o, other=0.0).to(tl.float32)
         acc += tl.expand_dims(bias, SUM_AXIS)
-    out = out_ptr + image * stride_outb + p.to(tl.int64) * stride_outh + q.to(tl.int64) * stride_outw
-    out += tl.expand_dims(offs_o.to(tl.int64) * stride_outc, SUM_AXIS)
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_pixel & tl.expand_dims(is_o, SUM_AXIS))
+    out = image * stride_outb + p.to(OFFSET) * stride_outh + q.to(OFFSET) * stride_outw
+    out += tl.expand_dims(offs_o.to(OFFSET) * stride_outc, SUM_AXIS)
+    tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=is_pixel & tl.expand_dims(is_o, SUM_AXIS))
     if pid_m == 0:
         tl.store(l0_ptr + pid_n, l0)
 
@@ -143,7 +149,7 @@ def _first_tap(offset, KERNEL: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.
     """The smallest tap for which STRIDE divides ``offset - tap * DILATION``; KERNEL where there is none."""
     first = offset * 0 + KERNEL
     for i in tl.static_range(PERIOD):
-        tap: tl.constexpr = PERIOD - 1 - i
+        tap = PERIOD - 1 - i
         first = tl.where((offset - tap * DILATION) % STRIDE == 0, tl.minimum(first, tap), first)
     return first
 
@@ -156,7 +162,8 @@ def _masked_conv_dx_kernel(
     stride_wo, stride_wc, stride_wh, stride_ww, stride_so, stride_sc, stride_sh, stride_sw,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, PERIOD_H: tl.constexpr, PERIOD_W: tl.constexpr,
-    PIXELS_INNER: tl.constexpr, HARD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    PIXELS_INNER: tl.constexpr, WIDE: tl.constexpr,
+    HARD: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``dx[b, c, h, w] = sum of dout[b, o, (h + pad - kh * dilation) / stride, ...] * (W * m)[o, c, kh, kw]``.
@@ -169,6 +176,7 @@ def _masked_conv_dx_kernel(
     """
     PIXEL_AXIS: tl.constexpr = 0 if PIXELS_INNER else 1
     SUM_AXIS: tl.constexpr = 1 - PIXEL_AXIS
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     # From one tap of a phase to its next, the pixel of dout moves by this; the division has no remainder.
     STEP_H: tl.constexpr = PERIOD_H * DILATION_H // STRIDE_H
     STEP_W: tl.constexpr = PERIOD_W * DILATION_W // STRIDE_W
@@ -179,7 +187,7 @@ def _masked_conv_dx_kernel(
     phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
 
     image, h, w = output_pixels(pid_m, tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W), BLOCK_M)
-    image = tl.expand_dims(image, PIXEL_AXIS)
+    image = tl.expand_dims(image.to(OFFSET), PIXEL_AXIS)
     h = tl.expand_dims(h * STRIDE_H + phase_h, PIXEL_AXIS)
     w = tl.expand_dims(w * STRIDE_W + phase_w, PIXEL_AXIS)
     is_pixel = (image < batch) & (h < height) & (w < width)
@@ -188,11 +196,11 @@ def _masked_conv_dx_kernel(
     taps_h, taps_w = tl.cdiv(KERNEL_H - first_h, PERIOD_H), tl.cdiv(KERNEL_W - first_w, PERIOD_W)
     p0 = (h + pad_h - first_h * DILATION_H) // STRIDE_H
     q0 = (w + pad_w - first_w * DILATION_W) // STRIDE_W
-    dout_pixels = dout_ptr + image * stride_doutb + p0.to(tl.int64) * stride_douth + q0.to(tl.int64) * stride_doutw
+    dout_pixels = image * stride_doutb + p0.to(OFFSET) * stride_douth + q0.to(OFFSET) * stride_doutw
     offs_c = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     is_c = offs_c < channels
-    w_columns = w_ptr + offs_c.to(tl.int64)[None, :] * stride_wc
-    s_columns = s_ptr + offs_c.to(tl.int64)[None, :] * stride_sc
+    w_columns = offs_c.to(OFFSET)[None, :] * stride_wc
+    s_columns = offs_c.to(OFFSET)[None, :] * stride_sc
 
     temperature = load_temperature(t_ptr)
     if PIXELS_INNER:
@@ -208,15 +216,15 @@ def _masked_conv_dx_kernel(
         p = p0 - tap_h * STEP_H
         q = q0 - tap_w * STEP_W
         inside = is_pixel & (p >= 0) & (p < out_height) & (q >= 0) & (q < out_width) & tl.expand_dims(is_o, SUM_AXIS)
-        offs = tl.expand_dims(o.to(tl.int64) * stride_doutc, SUM_AXIS)
-        offs -= (tap_h * STEP_H).to(tl.int64) * stride_douth + (tap_w * STEP_W).to(tl.int64) * stride_doutw
-        dout = tl.load(dout_pixels + offs, mask=inside, other=0.0)
+        offs = tl.expand_dims(o.to(OFFSET) * stride_doutc, SUM_AXIS)
+        offs -= (tap_h * STEP_H).to(OFFSET) * stride_douth + (tap_w * STEP_W).to(OFFSET) * stride_doutw
+        dout = tl.load(dout_ptr + (dout_pixels + offs), mask=inside, other=0.0)
 
-        kh, kw = (first_h + tap_h * PERIOD_H).to(tl.int64), (first_w + tap_w * PERIOD_W).to(tl.int64)
-        w_offs = o.to(tl.int64) * stride_wo + kh * stride_wh + kw * stride_ww
-        s_offs = o.to(tl.int64) * stride_so + kh * stride_sh + kw * stride_sw
+        kh, kw = (first_h + tap_h * PERIOD_H).to(OFFSET), (first_w + tap_w * PERIOD_W).to(OFFSET)
+        w_offs = o.to(OFFSET) * stride_wo + kh * stride_wh + kw * stride_ww
+        s_offs = o.to(OFFSET) * stride_so + kh * stride_sh + kw * stride_sw
         wm, _ = masked_tile(
-            w_columns + w_offs[:, None], s_columns + s_offs[:, None], is_o[:, None] & is_c[None, :],
+            w_ptr + (w_columns + w_offs[:, None]), s_ptr + (s_columns + s_offs[:, None]), is_o[:, None] & is_c[None, :],
             temperature, scale, dout.dtype, HARD, SCALED,
         )  # fmt: skip
         if PIXELS_INNER:
@@ -224,9 +232,9 @@ def _masked_conv_dx_kernel(
         else:
             acc = tl.dot(dout, wm, acc, input_precision=PRECISION)
 
-    dx = dx_ptr + image * stride_dxb + h.to(tl.int64) * stride_dxh + w.to(tl.int64) * stride_dxw
-    dx += tl.expand_dims(offs_c.to(tl.int64) * stride_dxc, SUM_AXIS)
-    tl.store(dx, acc.to(dx_ptr.dtype.element_ty), mask=is_pixel & tl.expand_dims(is_c, SUM_AXIS))
+    dx = image * stride_dxb + h.to(OFFSET) * stride_dxh + w.to(OFFSET) * stride_dxw
+    dx += tl.expand_dims(offs_c.to(OFFSET) * stride_dxc, SUM_AXIS)
+    tl.store(dx_ptr + dx, acc.to(dx_ptr.dtype.element_ty), mask=is_pixel & tl.expand_dims(is_c, SUM_AXIS))
 
 
 def plan(
@@ -252,10 +260,11 @@ def plan(
     pixels_inner = x.stride(1) != 1
     flat = channels < 16 or (pixels_inner and _is_flat(weight) and _is_flat(mask_logits))
     constants: dict[str, Any] = {
-        **geometry(weight, stride, dilation), "FLAT": flat, "PIXELS_INNER": pixels_inner, "HARD": hard,
-        "SCALED": scale != 1.0, "HAS_BIAS": bias is not None, "PRECISION": dot_precision(target),
+        **geometry(weight, stride, dilation), "FLAT": flat, "PIXELS_INNER": pixels_inner,
+        "WIDE": is_wide(x, weight, mask_logits, out), "HARD": hard, "SCALED": scale != 1.0,
+        "HAS_BIAS": bias is not None, "PRECISION": dot_precision(target),
         "BLOCK_M": config.block_m, "BLOCK_N": block_for(config.block_n, out_channels),
-        "BLOCK_K": block_for(config.block_k, weight[:1].numel() if flat else channels),
+        "BLOCK_K": sum_block_for(config, weight[:1].numel() if flat else channels, x.dtype),
     }  # fmt: skip
     if flat:
         weight, mask_logits = weight.flatten(1)[:, :, None, None], mask_logits.flatten(1)[:, :, None, None]
@@ -305,9 +314,10 @@ def plan_dx(
         **geometry(weight, stride, dilation),
         "PERIOD_H": stride[0] // math.gcd(stride[0], dilation[0]),
         "PERIOD_W": stride[1] // math.gcd(stride[1], dilation[1]),
-        "PIXELS_INNER": dout.stride(1) != 1, "HARD": hard, "SCALED": scale != 1.0, "PRECISION": dot_precision(target),
+        "PIXELS_INNER": dout.stride(1) != 1, "WIDE": is_wide(dout, weight, mask_logits, dx),
+        "HARD": hard, "SCALED": scale != 1.0, "PRECISION": dot_precision(target),
         "BLOCK_M": config.block_m, "BLOCK_N": block_for(config.block_n, channels),
-        "BLOCK_K": block_for(config.block_k, out_channels),
+        "BLOCK_K": sum_block_for(config, out_channels, dout.dtype),
     }  # fmt: skip
     rows_of_phase = batch * triton.cdiv(height, stride[0]) * triton.cdiv(width, stride[1])
     tiles = triton.cdiv(rows_of_phase, config.block_m) * triton.cdiv(channels, constants["BLOCK_N"])
@@ -319,6 +329,12 @@ def _is_flat(weight: Tensor) -> bool:
     """Whether ``(c, kh, kw)`` lie in memory as one dimension, in this order."""
     dims = [d for d in (1, 2, 3) if weight.shape[d] != 1]
     return all(weight.stride(a) == weight.shape[b] * weight.stride(b) for a, b in pairwise(dims))
+
+
+def output_size(x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair) -> list[int]:
+    """Height and width of the result, as ``torch.nn.Conv2d`` has them."""
+    walked = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in walked]
 
 
 def masked_conv(
@@ -336,11 +352,7 @@ def masked_conv(
 ) -> tuple[Tensor, Tensor]:
     """See ``csmask.reference.masked_conv`` (2-d, one group, batched): the result, in x's memory format, and l0."""
     check_supported(x=x, weight=weight, mask_logits=mask_logits, bias=bias)
-    size = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    out = empty_in_format_of(x, (x.shape[0], weight.shape[0], *size))
+    out = empty_in_format_of(x, (x.shape[0], weight.shape[0], *output_size(x, weight, stride, padding, dilation)))
     launch, l0 = plan(
         x, weight, mask_logits.expand(weight.shape), temperature, bias, hard, scale, stride, padding, dilation, out,
         target_of(x), config,

@@ -16,7 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_tiles import Pair, block_for, dot_precision, geometry, image_strides, weight_strides
+from .conv_tiles import (
+    Pair,
+    block_for,
+    dot_precision,
+    geometry,
+    image_strides,
+    is_wide,
+    sum_block_for,
+    weight_strides,
+)
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import load_temperature, soft_mask_derivative
 
@@ -42,10 +51,10 @@ def _columns(pid_n, channels, KERNEL_W: tl.constexpr, TAPS: tl.constexpr, FLAT: 
 
 
 @triton.jit
-def _offsets(o, c, kh, kw, stride_o, stride_c, stride_h, stride_w):
-    """Where a tile of a weight-shaped tensor lies, (rows, columns) int64."""
-    columns = c.to(tl.int64) * stride_c + kh.to(tl.int64) * stride_h + kw.to(tl.int64) * stride_w
-    return o.to(tl.int64)[:, None] * stride_o + columns[None, :]
+def _offsets(o, c, kh, kw, stride_o, stride_c, stride_h, stride_w, OFFSET: tl.constexpr):
+    """Where a tile of a weight-shaped tensor lies, (rows, columns)."""
+    columns = c.to(OFFSET) * stride_c + kh.to(OFFSET) * stride_h + kw.to(OFFSET) * stride_w
+    return o.to(OFFSET)[:, None] * stride_o + columns[None, :]
 
 
 @triton.jit
@@ -73,7 +82,7 @@ def _masked_conv_dlogits_kernel(
     stride_wo, stride_wc, stride_wh, stride_ww, stride_so, stride_sc, stride_sh, stride_sw,
     stride_outo, stride_outc, stride_outh, stride_outw,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, FLAT: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     DOUT_PIXELS_INNER: tl.constexpr, X_PIXELS_INNER: tl.constexpr,
     HAS_DL0: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -86,6 +95,7 @@ def _masked_conv_dlogits_kernel(
     dS once (reads it too where ADD).
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     DOUT_PIXEL_AXIS: tl.constexpr = 0 if DOUT_PIXELS_INNER else 1  # the axis that a vector of pixels is broadcast along
     DOUT_CHANNEL_AXIS: tl.constexpr = 1 - DOUT_PIXEL_AXIS
     X_PIXEL_AXIS: tl.constexpr = 0 if X_PIXELS_INNER else 1
@@ -100,11 +110,11 @@ def _masked_conv_dlogits_kernel(
 
     # Of the filter's shift, what does not depend on the pixel.
     h0, w0 = kh * DILATION_H - pad_h, kw * DILATION_W - pad_w
-    x_columns = c.to(tl.int64) * stride_xc + h0.to(tl.int64) * stride_xh + w0.to(tl.int64) * stride_xw
-    x_columns = x_ptr + tl.expand_dims(x_columns, X_CHANNEL_AXIS)
+    x_columns = c.to(OFFSET) * stride_xc + h0.to(OFFSET) * stride_xh + w0.to(OFFSET) * stride_xw
+    x_columns = tl.expand_dims(x_columns, X_CHANNEL_AXIS)
     if FLAT:
         h0, w0 = tl.expand_dims(h0, X_CHANNEL_AXIS), tl.expand_dims(w0, X_CHANNEL_AXIS)
-    dout_columns = dout_ptr + tl.expand_dims(offs_o.to(tl.int64) * stride_doutc, DOUT_CHANNEL_AXIS)
+    dout_columns = tl.expand_dims(offs_o.to(OFFSET) * stride_doutc, DOUT_CHANNEL_AXIS)
 
     pixels = out_height * out_width
     start = split.to(tl.int64) * split_rows
@@ -114,19 +124,19 @@ def _masked_conv_dlogits_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(tl.cdiv(rows, BLOCK_K)):
         offs = offs0 + step * BLOCK_K + tl.arange(0, BLOCK_K)
-        image = image0 + offs // pixels
+        image = (image0 + offs // pixels).to(OFFSET)
         p, q = (offs % pixels) // out_width, (offs % pixels) % out_width
         is_row = image < batch
-        dout_rows = image * stride_doutb + p.to(tl.int64) * stride_douth + q.to(tl.int64) * stride_doutw
+        dout_rows = image * stride_doutb + p.to(OFFSET) * stride_douth + q.to(OFFSET) * stride_doutw
         inside = tl.expand_dims(is_row, DOUT_PIXEL_AXIS) & tl.expand_dims(is_o, DOUT_CHANNEL_AXIS)
-        dout = tl.load(dout_columns + tl.expand_dims(dout_rows, DOUT_PIXEL_AXIS), mask=inside, other=0.0)
+        dout = tl.load(dout_ptr + (dout_columns + tl.expand_dims(dout_rows, DOUT_PIXEL_AXIS)), mask=inside, other=0.0)
 
         h, w = p * STRIDE_H, q * STRIDE_W
-        x_rows = image * stride_xb + h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
+        x_rows = image * stride_xb + h.to(OFFSET) * stride_xh + w.to(OFFSET) * stride_xw
         h, w = tl.expand_dims(h, X_PIXEL_AXIS) + h0, tl.expand_dims(w, X_PIXEL_AXIS) + w0
         inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
         inside &= tl.expand_dims(is_row, X_PIXEL_AXIS) & tl.expand_dims(is_c, X_CHANNEL_AXIS)
-        x = tl.load(x_columns + tl.expand_dims(x_rows, X_PIXEL_AXIS), mask=inside, other=0.0)
+        x = tl.load(x_ptr + (x_columns + tl.expand_dims(x_rows, X_PIXEL_AXIS)), mask=inside, other=0.0)
         if not DOUT_PIXELS_INNER:
             dout = tl.trans(dout)
         if X_PIXELS_INNER:
@@ -138,9 +148,9 @@ def _masked_conv_dlogits_kernel(
         tl.store(slot + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], acc)
     else:
         _write_dlogits(
-            acc, w_ptr + _offsets(offs_o, c, kh, kw, stride_wo, stride_wc, stride_wh, stride_ww),
-            s_ptr + _offsets(offs_o, c, kh, kw, stride_so, stride_sc, stride_sh, stride_sw),
-            out_ptr + _offsets(offs_o, c, kh, kw, stride_outo, stride_outc, stride_outh, stride_outw),
+            acc, w_ptr + _offsets(offs_o, c, kh, kw, stride_wo, stride_wc, stride_wh, stride_ww, OFFSET),
+            s_ptr + _offsets(offs_o, c, kh, kw, stride_so, stride_sc, stride_sh, stride_sw, OFFSET),
+            out_ptr + _offsets(offs_o, c, kh, kw, stride_outo, stride_outc, stride_outh, stride_outw, OFFSET),
             is_o[:, None] & is_c[None, :], t_ptr, dl0_ptr, scale, HAS_DL0, SCALED, ADD,
         )  # fmt: skip
 
@@ -150,7 +160,7 @@ def _masked_conv_reduce_kernel(
     partial_ptr, w_ptr, s_ptr, out_ptr, t_ptr, dl0_ptr, scale, channels, out_channels, splits,
     stride_wo, stride_wc, stride_wh, stride_ww, stride_so, stride_sc, stride_sh, stride_sw,
     stride_outo, stride_outc, stride_outh, stride_outw,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, FLAT: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
     HAS_DL0: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -159,6 +169,7 @@ def _masked_conv_reduce_kernel(
     Reads 4 bytes per split and weight, W and S once, writes dS once (reads it too where ADD).
     """
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     tiles_m = tl.cdiv(out_channels, BLOCK_M)
     tiles_n = tl.cdiv(channels * TAPS, BLOCK_N) if FLAT else tl.cdiv(channels, BLOCK_N) * TAPS
     tile = tl.program_id(0) // (BLOCK_M // ROWS)
@@ -174,9 +185,9 @@ def _masked_conv_reduce_kernel(
         dwm += tl.load(slot)
         slot += tl.cast(tiles_m * tiles_n, tl.int64) * (BLOCK_M * BLOCK_N)
     _write_dlogits(
-        dwm, w_ptr + _offsets(offs_o, c, kh, kw, stride_wo, stride_wc, stride_wh, stride_ww),
-        s_ptr + _offsets(offs_o, c, kh, kw, stride_so, stride_sc, stride_sh, stride_sw),
-        out_ptr + _offsets(offs_o, c, kh, kw, stride_outo, stride_outc, stride_outh, stride_outw),
+        dwm, w_ptr + _offsets(offs_o, c, kh, kw, stride_wo, stride_wc, stride_wh, stride_ww, OFFSET),
+        s_ptr + _offsets(offs_o, c, kh, kw, stride_so, stride_sc, stride_sh, stride_sw, OFFSET),
+        out_ptr + _offsets(offs_o, c, kh, kw, stride_outo, stride_outc, stride_outh, stride_outw, OFFSET),
         is_o[:, None] & is_c[None, :], t_ptr, dl0_ptr, scale, HAS_DL0, SCALED, ADD,
     )  # fmt: skip
 
@@ -208,7 +219,8 @@ def plan(
     taps = weight.shape[2] * weight.shape[3]
     tiles_n = triton.cdiv(channels * taps, block_n) if flat else triton.cdiv(channels, block_n) * taps
     tiles = triton.cdiv(out_channels, block_m) * tiles_n
-    split_rows = _split_rows(pixels, tiles, target, config)
+    block_k = sum_block_for(config, pixels, x.dtype)
+    split_rows = _split_rows(pixels, tiles, block_k, config.split_k, target)
     splits = max(triton.cdiv(pixels, split_rows), 1)
     partial = torch.empty(splits * tiles * block_m * block_n if splits > 1 else 0, dtype=torch.float32, device=x.device)
 
@@ -218,6 +230,7 @@ def plan(
         **weight_strides(w=weight, s=mask_logits, out=out),
     }  # fmt: skip
     epilogue: dict[str, Any] = {"HAS_DL0": dl0 is not None, "SCALED": scale != 1.0, "ADD": add, "FLAT": flat}
+    epilogue["WIDE"] = is_wide(dout, x, weight, mask_logits, out)
     product = Launch(
         _masked_conv_dlogits_kernel,
         (splits * tiles,),
@@ -229,7 +242,7 @@ def plan(
         {
             **epilogue, **geometry(weight, stride, dilation), "DOUT_PIXELS_INNER": dout.stride(1) != 1,
             "X_PIXELS_INNER": x.stride(1) != 1, "SPLIT": splits > 1, "PRECISION": dot_precision(target),
-            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": config.block_k,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         config.num_warps,
         config.num_stages,
@@ -243,12 +256,12 @@ def plan(
     return [product, Launch(_masked_conv_reduce_kernel, grid, {**shared, "splits": splits}, constants, 4)]
 
 
-def _split_rows(pixels: int, tiles: int, target: Target, config: GemmConfig) -> int:
+def _split_rows(pixels: int, tiles: int, block_k: int, most: int, target: Target) -> int:
     """Pixels per split: as many splits as give every multiprocessor two programs, of four steps or more each."""
-    splits = min(config.split_k, triton.cdiv(2 * target.multiprocessors, max(tiles, 1)))
-    splits = max(1, min(splits, pixels // (4 * config.block_k)))
+    splits = min(most, triton.cdiv(2 * target.multiprocessors, max(tiles, 1)))
+    splits = max(1, min(splits, pixels // (4 * block_k)))
     rows = min(triton.cdiv(max(pixels, 1), splits), MAX_SPLIT_ROWS)
-    return triton.cdiv(rows, config.block_k) * config.block_k
+    return triton.cdiv(rows, block_k) * block_k
 
 
 def masked_conv_dlogits(
