@@ -40,7 +40,13 @@ wordnet: $(VENV)/.installed
 demo: $(VENV)/.demo-installed wordnet
 	$(BIN)/python examples/noun_verb.py $(DEMO_ARGS)
 
-test: $(VENV)/.demo-installed
+# The oldest Triton that csmask runs with, beside the environment's own: tests/test_kernels_compile.py compiles with it,
+# too. NumPy is the newest that its interpreter works with.
+$(VENV)/.triton36-installed: $(VENV)/.installed
+	test "$$(uname -s)" != Linux || $(PIP) install --upgrade --no-deps --target $(VENV)/triton-3.6 triton==3.6.0 'numpy<2.4'
+	touch $@
+
+test: $(VENV)/.demo-installed $(VENV)/.triton36-installed
 	$(BIN)/python -m pytest --cov=csmask --cov-report=term-missing --cov-fail-under=90 $(TEST_ARGS)
 
 $(VENV)/.lint-installed: $(VENV)/.installed

@@ -131,7 +131,7 @@ def _plan_units(arguments: dict[str, Any], constants: dict[str, Any], config: El
     )
     # Whole rows per program where a unit's weights lie together, a square of units and weights where they do not.
     block_u = 1 if w_strides[1] == 1 else 32
-    block_r = min(max(16, config.block // 4 // block_u), triton.next_power_of_2(max(math.prod(shape), 1)))
+    block_r = min(max(16, config.block // 2 // block_u), triton.next_power_of_2(max(math.prod(shape), 1)))
     arguments.update(
         weights_per_logit=math.prod(shape), units=units, inner=sizes[1],
         stride_dwmu=stride_dwmu, stride_dwmo=dwm_strides[0], stride_dwmi=dwm_strides[1],
