@@ -17,7 +17,6 @@ from torch import Tensor
 from csmask import reference, testing
 from csmask._ops import triton_kernel
 
-
 # (M, N, K). odd: every dimension hangs over; ragged: multiples of 16 bytes, as descriptors need, but not of a tile.
 LINEAR_SIZES = {
     "toy": ((5, 19, 35), (20, 24, 40), (16, 32, 32)),

@@ -92,7 +92,7 @@ class Results:
         timing: Timing | None = None,
         config: str = "",
     ) -> None:
-        """One row: ``value`` in ``unit``; the percentiles are those of ``timing`` in ms, without one ``value`` itself."""
+        """One row: ``value`` in ``unit``; percentiles are those of ``timing`` in ms, without one ``value`` itself."""
         spread = (value,) * 3 if timing is None else (timing.p20, timing.p50, timing.p80)
         moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         values = (kernel, provider, mode, metric, unit, x, value, *spread, config, self.gpu, moment, self.version)

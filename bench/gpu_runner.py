@@ -124,7 +124,7 @@ def _status(record: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """The CPU's operators are the Triton kernels, in the interpreter, so that all that is above them is rehearsed too."""
+    """The CPU's operators are the Triton kernels, in the interpreter, so that what is above them is rehearsed too."""
     torch.set_num_threads(1)
     library = torch.library.Library("csmask", "IMPL")
     try:

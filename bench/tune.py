@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -24,9 +24,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compile_ahead import compile_ahead
+from compile_ahead import compile_ahead, launches_of
 from csmask_kernels import launch
-from csmask_kernels.launch import CONFIG_DIRECTORY, ElementwiseConfig, Target, config_file_name, config_table, target_of
+from csmask_kernels.launch import (
+    CONFIG_DIRECTORY,
+    ElementwiseConfig,
+    GemmConfig,
+    Target,
+    config_file_name,
+    config_table,
+    target_of,
+)
 from gpu_checks import poisoned, raise_if_lost
 from gpu_inputs import WEIGHTS, elementwise_calls, random_logits
 from gpu_results import version, write_atomically
@@ -54,7 +62,7 @@ class Problem:
     Args:
         op: as the table names it.
         m: its bucket.
-        candidates: configs to try, the one in use now among them.
+        candidates: configs to try, beside the one in use now.
         call: launches the op and returns its results.
         expected: the first of the results, in fp32.
     """
@@ -104,7 +112,7 @@ def problems(
 
     yield from linear(tokens[0])
     for op in (op for op in ELEMENTWISE if op in ops):
-        yield op, lambda op=op: _elementwise(op, n, k, dtype, device, target)
+        yield op, lambda op=op: _elementwise(op, n, k, dtype, device)
     for m in tokens[1:]:
         yield from linear(m)
     for rows in positions:
@@ -112,17 +120,17 @@ def problems(
             yield f"{op} M={rows}", lambda op=op, rows=rows: _conv(op, rows, dtype, device, target, toy)
 
 
-def _module(op: str) -> Any:
-    return importlib.import_module(f"csmask_kernels.{SCHEMAS[op][1]}")
-
-
-def _candidates(op: str, target: Target, *sizes: int) -> list[Any]:
-    """What the kernel's module proposes, and before it the config in use."""
-    module = _module(op)
-    propose = module.candidate_configs
-    named = (op,) if "op" in inspect.signature(propose).parameters else ()
-    now = launch.get_config(op, target, sizes[0], module.DEFAULT_CONFIG)
-    return list(dict.fromkeys([now, *propose(*named, target, *sizes)]))
+def _proposals(op: str, target: Target, *sizes: int) -> list[GemmConfig]:
+    """What the kernel's module, or the one of its configs, says is worth measuring; none where neither says so."""
+    stem = SCHEMAS[op][1]
+    for name in (f"csmask_kernels.{stem}", f"csmask_kernels.{stem}_config"):
+        if importlib.util.find_spec(name) is None:
+            continue
+        propose = getattr(importlib.import_module(name), "candidate_configs", None)
+        if propose is not None:
+            named = (op,) if "op" in inspect.signature(propose).parameters else ()
+            return propose(*named, target, *sizes)
+    return []
 
 
 def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, target: Target) -> Problem:
@@ -143,7 +151,7 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.d
         return x.float() @ masked_weight.t() if op == "masked_linear" else dout.float() @ masked_weight
 
     sizes = (m, k, n) if op == "masked_linear_dx" else (m, n, k)
-    return Problem(op, m, _candidates(op, target, *sizes), calls[op], expected)
+    return Problem(op, m, _proposals(op, target, *sizes), calls[op], expected)
 
 
 def _conv(op: str, rows: int, dtype: torch.dtype, device: torch.device, target: Target, toy: bool) -> Problem:
@@ -174,16 +182,15 @@ def _conv(op: str, rows: int, dtype: torch.dtype, device: torch.device, target: 
         dweight = torch.nn.grad.conv2d_weight(x.float(), shape, dout.float(), *padding)
         return reference.logits_grad(dweight, *mask, dl0)
 
-    return Problem(op, rows, _candidates(op, target, rows, channels, channels), calls[op], expected)
+    return Problem(op, rows, _proposals(op, target, rows, channels, channels), calls[op], expected)
 
 
-def _elementwise(op: str, n: int, k: int, dtype: torch.dtype, device: torch.device, target: Target) -> Problem:
+def _elementwise(op: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """Blocks of 1024 to 8192 elements with 4 or 8 warps; what they must give is what the config in use gives."""
     make, _ = elementwise_calls(n, k, dtype, device)[op]
     call = make()
-    now = launch.get_config(op, target, n * k, _module(op).DEFAULT_CONFIG)
     blocks = [ElementwiseConfig(1 << e, warps) for e in range(10, 14) for warps in (4, 8)]
-    return Problem(op, n * k, list(dict.fromkeys([now, *blocks])), call, lambda: _first(call()))
+    return Problem(op, n * k, blocks, call, lambda: _first(call()))
 
 
 def _first(results: Any) -> Tensor:
@@ -195,21 +202,38 @@ def _first(results: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def using(op: str, config: Any) -> Iterator[None]:
-    """The kernels find this config for the op, as if the table had it; the other ops find their own."""
+def looking_up(get_config: Callable[..., Any]) -> Iterator[None]:
+    """The kernels look configs up with this function."""
+    original = launch.get_config
     modules = [m for name, m in sys.modules.items() if name.startswith("csmask_kernels.") and hasattr(m, "get_config")]
-    found = launch.get_config
-
-    def get_config(asked: str, target: Target, m: int, default: Any) -> Any:
-        return config if asked == op else found(asked, target, m, default)
-
     try:
         for module in modules:
             module.get_config = get_config  # type: ignore[attr-defined]
         yield
     finally:
         for module in modules:
-            module.get_config = found  # type: ignore[attr-defined]
+            module.get_config = original  # type: ignore[attr-defined]
+
+
+def config_in_use(op: str, call: Callable[[], Any]) -> Any:
+    """The config that a call of the op finds now, before it is fitted to the call's sizes and dtypes."""
+    original, found = launch.get_config, []
+
+    def record(asked: str, *arguments: Any) -> Any:
+        config = original(asked, *arguments)
+        if asked == op:
+            found.append(config)
+        return config
+
+    with looking_up(record):
+        launches_of(call)
+    return found[0]
+
+
+def using(op: str, config: Any) -> contextlib.AbstractContextManager[None]:
+    """The kernels find this config for the op, as if the table had it; the other ops find their own."""
+    original = launch.get_config
+    return looking_up(lambda asked, *arguments: config if asked == op else original(asked, *arguments))
 
 
 def solve(problem: Problem, clock: Clock, seconds: float, found: Found) -> Best | None:
@@ -219,16 +243,18 @@ def solve(problem: Problem, clock: Clock, seconds: float, found: Found) -> Best 
         with using(problem.op, config):
             return problem.call()
 
-    compile_ahead([lambda c=c: run(c) for c in problem.candidates])
+    in_use = config_in_use(problem.op, problem.call)
+    candidates = list(dict.fromkeys([in_use, *problem.candidates]))
+    compile_ahead([lambda c=c: run(c) for c in candidates])
     expected = problem.expected()
     tally = found.tallies.setdefault(f"{problem.op} M={problem.m}", {"wrong": 0, "failed": 0, "timed": 0})
     calls: dict[str, Callable[[], Any]] = {}
-    configs = {str(config): config for config in problem.candidates}
+    configs = {str(config): config for config in candidates}
     for name, config in configs.items():
         try:
             with poisoned():
                 out = _first(run(config))
-            if _is_right(out, expected, problem):
+            if _is_right(out, expected, problem.op):
                 # The results are dropped, so that no call of a graph keeps those of another alive.
                 calls[name] = lambda c=config: (run(c), None)[1]
             else:
@@ -241,11 +267,11 @@ def solve(problem: Problem, clock: Clock, seconds: float, found: Found) -> Best 
     if not times:
         return None
     name = min(times, key=lambda k: times[k].p50)
-    return Best(problem.op, problem.m, configs[name], times[name], times.get(str(problem.candidates[0])))
+    return Best(problem.op, problem.m, configs[name], times[name], times.get(str(in_use)))
 
 
-def _is_right(out: Tensor, expected: Tensor, problem: Problem) -> bool:
-    size = 2 if problem.op in (*LINEAR, *CONV) else 4
+def _is_right(out: Tensor, expected: Tensor, op: str) -> bool:
+    size = 2 if op in (*LINEAR, *CONV) else 4
     if out.numel() == 0:
         return out.shape == expected.shape
     error = float((out - expected).norm() / expected.norm())
