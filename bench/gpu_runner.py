@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -128,8 +129,10 @@ def triton_on_cpu() -> Iterator[None]:
     torch.set_num_threads(1)
     library = torch.library.Library("csmask", "IMPL")
     try:
-        for name in _ops.SCHEMAS:
-            library.impl(name, _ops._run_triton(name), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about overriding, which is meant
+            for name in _ops.SCHEMAS:
+                library.impl(name, _ops._run_triton(name), "CPU", allow_override=True)
         yield
     finally:
         library._destroy()

@@ -257,13 +257,13 @@ def _allocated(device: torch.device) -> int:
 
 
 def _saved_bytes(provider: Provider, inputs: Tensor, weight: Tensor) -> int:
-    """Bytes that autograd keeps from forward to backward, beyond input, weight and the trained parameter."""
+    """Bytes that autograd keeps from forward to backward, beyond input, weight, the trained parameter and scalars."""
     known = {t.untyped_storage().data_ptr() for t in (inputs, weight, provider.parameter)}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if tensor.dim() and storage.data_ptr() not in known:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
