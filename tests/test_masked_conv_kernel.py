@@ -286,8 +286,35 @@ def test_every_slot_is_written(name, layout, monkeypatch):
         testing.assert_close(got, {n: oracle[n] for n in got}, {n: plain[n] for n in got})
 
 
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same numbers, 2**31 elements and more from image to image; memory that is not touched is free."""
+    strides = (2**31 + 8, *tensor[0].contiguous().stride())
+    extent = (tensor.shape[0] - 1) * strides[0] + tensor[0].numel()
+    return torch.empty(extent, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    monkeypatch.setitem(LAYOUTS, "far apart", (far_apart, torch.Tensor.contiguous, torch.Tensor.contiguous))
+    check(Case((2, 3, 2, 2), (3, 3, 1, 2), dtype=torch.float16), "far apart")
+
+
+@pytest.mark.parametrize("module", [conv, conv_dlogits], ids=["products", "dlogits"])
+def test_candidate_configs_work(module):
+    """What ``bench/tune.py`` would try fits the sizes that it asks for, and computes the same."""
+    case = Case((1, 33, 5, 5), (33, 33, 1, 1))
+    inputs = make(case)
+    oracle, plain = case.expected(inputs)
+    for op in ("masked_conv", "masked_conv_dx") if module is conv else ("masked_conv_dlogits",):
+        found = module.candidate_configs(op, INTERPRETER, 25, 33, 33)
+        assert 0 < len(found) <= 8
+        for config in found:
+            got = call(case, inputs, "channels-last", config)
+            testing.assert_close(got, {n: oracle[n] for n in got}, {n: plain[n] for n in got})
+        assert 0 < len(module.candidate_configs(op, INTERPRETER, 65536, 512, 512)) <= 8
+
+
 def test_bitwise_repeatable():
-    case = replace(SMALL, x=(2, 17, 11, 13))
+    case = Case((1, 3, 11, 13), (17, 3, 2, 2))
     first, second = (call(case, make(case), "channels-last", SPLIT) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name

@@ -81,3 +81,32 @@ def empty_in_format_of(image: Tensor, shape: Sequence[int]) -> Tensor:
     channels_last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=image.dtype, device=image.device, memory_format=memory_format)
+
+
+def candidate_configs(op: str, target: Target, rows: int, out_channels: int, channels: int) -> list[GemmConfig]:
+    """What ``bench/tune.py`` times for one of the convolution's ops: at most 8 configs, for 2-byte operands.
+
+    Args:
+        op: "masked_conv", "masked_conv_dx" or "masked_conv_dlogits".
+        target: what the kernel runs on.
+        rows: pixels: of the result; for the gradient of the logits those that are summed.
+        out_channels, channels: of the weight.
+    """
+    tiles: tuple[tuple[int, int, int], ...]  # block_m, block_n, warps
+    stages = 2 if target.backend == "hip" else 3
+    narrow = target.family in ("sm_120", "gfx942")  # shared memory for half the step
+    if op == "masked_conv_dlogits":
+        tall, wide, splits = out_channels, channels, 2 * target.multiprocessors
+        tiles = ((32, 32, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8))
+        steps = (32,) if narrow else (32, 64)
+    else:
+        tall, wide, splits = rows, channels if op == "masked_conv_dx" else out_channels, 1
+        # Every row of tiles computes the mask anew: tall tiles, wherever there are pixels to fill them.
+        tiles = ((32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 32, 4), (128, 64, 8), (128, 128, 8), (256, 64, 8))
+        steps = (32,) if narrow else (64,)
+    return [
+        GemmConfig(m, n, min(step, 32) if m * n > 128 * 64 else step, split_k=splits, num_warps=w, num_stages=stages)
+        for m, n, w in tiles
+        for step in steps
+        if m <= max(tall, 64) and n <= max(wide, 32)
+    ]

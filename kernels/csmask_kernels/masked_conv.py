@@ -20,7 +20,9 @@ Any strides are read in place, and the layout decides how:
 
 ``GemmConfig`` here: ``block_m`` pixels x ``block_n`` channels of the result, ``block_k`` along the sum (input channels
 in the forward, output channels in the gradient). Programs of one row of tiles are neighbours, for they read the same
-pixels. ``group_m``, ``split_k``, ``swap``, ``persistent`` and ``subtiles`` are not used.
+pixels. The mask of a tile of weights is computed anew for every row of tiles: a soft mask's exponential and reciprocal,
+``block_n * block_k`` of each, weigh on ``block_m * block_n * block_k`` products, and ask for tall tiles. ``group_m``,
+``split_k``, ``swap``, ``persistent`` and ``subtiles`` are not used.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from .conv_tiles import (
     sum_block_for,
     weight_strides,
 )
+from .conv_tiles import candidate_configs as candidate_configs  # bench/tune.py asks the op's module
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import load_temperature
 
