@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
-from csmask_kernels import bitmask, logits_grad, masked_linear, masked_linear_config, materialize, philox, scale_neurons
+from csmask_kernels import (
+    bitmask,
+    logits_grad,
+    masked_conv,
+    masked_conv_dlogits,
+    masked_linear,
+    masked_linear_config,
+    masked_linear_dlogits,
+    materialize,
+    philox,
+    scale_neurons,
+)
 from csmask_kernels.launch import Launch, Target, config_table
 
 Case = tuple[str, Launch]
@@ -151,7 +163,117 @@ def masked_linear_cases(target: Target) -> Iterator[Case]:
         yield f"masked_linear split {launch.kernel.fn.__name__}", launch
 
 
-FAMILIES = (materialize_cases, logits_grad_cases, masked_linear_cases, scale_neurons_cases, bitmask_cases, philox_cases)
+def masked_linear_dlogits_cases(target: Target) -> Iterator[Case]:
+    """Every shipped config for each dtype, written and added; the default; a small weight; strides of each kind."""
+    scalar = empty(dtype=torch.float32)
+
+    def plan(m: int, n: int, k: int, x_dtype: torch.dtype, w_dtype: torch.dtype, add: bool, **options: Any) -> Launch:
+        logits = empty(n, k, dtype=torch.float32)
+        dout, x, w = empty(m, n, dtype=x_dtype), empty(m, k, dtype=x_dtype), empty(n, k, dtype=w_dtype)
+        inputs = (dout, x, w, logits, TEMPERATURE)
+        dl0, scale = (scalar, 1.0) if add else (None, 1.5)
+        return masked_linear_dlogits.plan(*inputs, dl0, scale, False, logits, add, target, **options)
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for x_dtype, w_dtype in ((bf16, bf16), (fp16, fp16), (bf16, fp32), (fp32, fp32)):
+        for add in (False, True):
+            kind = f"{'add' if add else 'write'} {x_dtype} {w_dtype}"
+            for m in (row["m"] for row in config_table(target).get("masked_linear_dlogits", [])):
+                yield f"masked_linear_dlogits m={m} {kind}", plan(m, 4096, 4096, x_dtype, w_dtype, add)
+            default = masked_linear_dlogits.DEFAULT_CONFIG
+            yield f"masked_linear_dlogits default {kind}", plan(128, 4096, 4096, x_dtype, w_dtype, add, config=default)
+    for m in (16, 8192):
+        yield f"masked_linear_dlogits small m={m}", plan(m, 768, 768, bf16, bf16, True)
+        yield f"masked_linear_dlogits odd m={m}", plan(m, 4095, 4097, bf16, bf16, True)
+    w, logits = empty(4096, 4096), empty(4096, 4096, dtype=fp32)
+    rest = (w.t(), logits.t(), TEMPERATURE, scalar, 1.0)
+    launch = masked_linear_dlogits.plan(w, w, *rest, True, logits.t(), True, target)
+    yield "masked_linear_dlogits columns", launch
+    launch = masked_linear_dlogits.plan(w.t(), w.t(), *rest, False, logits, True, target)
+    yield "masked_linear_dlogits strided", launch
+
+
+def image(*shape: int, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True) -> torch.Tensor:
+    """A 4-d tensor of the meta device in one of the two memory formats."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+ONES, ZEROS = (1, 1), (0, 0)
+STEM = ((2, 2), (3, 3), ONES)  # stride, padding, dilation of a 7 x 7 filter
+# Rows that the configs are for, as images of 16 x 16 pixels.
+CONV_BUCKETS = ((256, torch.bfloat16), (4096, torch.bfloat16), (65536, torch.bfloat16), (4096, torch.float32))
+
+
+def masked_conv_cases(target: Target) -> Iterator[Case]:
+    """Every bucket in both formats; dtypes, hard and scaled masks, neurons, bias, strides, a stem, 64-bit offsets."""
+
+    def both(
+        name: str, x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, geometry: tuple = (ONES, ONES, ONES),
+        hard: bool = False, scale: float = 1.0, bias: torch.Tensor | None = None,
+    ) -> Iterator[Case]:  # fmt: skip
+        size = masked_conv.output_size(x, weight, *geometry)
+        out = image(x.shape[0], weight.shape[0], *size, dtype=x.dtype, channels_last=x.stride(1) == 1)
+        mask = (weight, logits.expand(weight.shape), TEMPERATURE)
+        plan, plan_dx = masked_conv.plan, masked_conv.plan_dx
+        yield f"masked_conv {name}", plan(x, *mask, bias, hard, scale, *geometry, out, target)[0]
+        yield f"masked_conv_dx {name}", plan_dx(out, *mask, hard, scale, *geometry, x, target)
+
+    for channels_last in (True, False):
+        layout = "channels-last" if channels_last else "channels-first"
+        logits = image(256, 256, 3, 3, dtype=torch.float32, channels_last=channels_last)
+        for rows, dtype in CONV_BUCKETS:
+            x = image(rows // 256, 256, 16, 16, dtype=dtype, channels_last=channels_last)
+            weight = image(256, 256, 3, 3, dtype=dtype, channels_last=channels_last)
+            yield from both(f"{layout} {rows} {dtype}", x, weight, logits)
+        x, weight = image(16, 256, 16, 16, channels_last=channels_last), logits.bfloat16()
+        yield from both(f"{layout} hard scaled strided", x, weight, logits, ((2, 2), ONES, ONES), True, 1.5, empty(256))
+        stem, filters = (
+            image(32, 3, 224, 224, channels_last=channels_last),
+            image(64, 3, 7, 7, channels_last=channels_last),
+        )
+        yield from both(f"{layout} stem", stem, filters, filters.float(), STEM)
+    x, weight, logits = image(16, 256, 16, 16, dtype=torch.float16), image(256, 256, 3, 3), empty(256, 1, 1, 1).float()
+    yield from both("neuron dilated, weight of another dtype", x, weight, logits, (ONES, (2, 2), (2, 2)))
+    wide, weight = image(4096, 64, 128, 128), image(64, 64, 3, 3)
+    yield from both("64-bit offsets", wide, weight, weight.float())
+
+
+def masked_conv_dlogits_cases(target: Target) -> Iterator[Case]:
+    """Every bucket in both memory formats, whole and split; dtypes, a stem, formats that differ, 64-bit offsets."""
+    dl0 = empty(dtype=torch.float32)
+
+    def planned(
+        name: str, dout: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, add: bool = False,
+        geometry: tuple = (ONES, ONES, ONES),
+    ) -> Iterator[Case]:  # fmt: skip
+        logits = weight.float()
+        mask = (weight, logits, TEMPERATURE, None if add else dl0, 1.5 if add else 1.0)
+        launches = masked_conv_dlogits.plan(dout, x, *mask, *geometry, logits, add, target)
+        for launch, step in zip(launches, ("", " reduced"), strict=False):
+            yield f"masked_conv_dlogits {name}{step}", launch
+
+    for channels_last in (True, False):
+        layout = "channels-last" if channels_last else "channels-first"
+        for rows, dtype in CONV_BUCKETS:
+            x = image(rows // 256, 256, 16, 16, dtype=dtype, channels_last=channels_last)
+            weight = image(256, 256, 3, 3, dtype=dtype, channels_last=channels_last)
+            yield from planned(f"{layout} {rows} {dtype}", x, x, weight)
+        for dtype in (torch.bfloat16, torch.float32):  # a weight whose tiles fill the device by themselves
+            x = image(256, 2048, 16, 16, dtype=dtype, channels_last=channels_last)
+            weight = image(2048, 2048, 3, 3, dtype=dtype, channels_last=channels_last)
+            yield from planned(f"{layout} whole {dtype}", x, x, weight, True)
+        x, dout = (image(32, *shape, channels_last=channels_last) for shape in ((3, 224, 224), (64, 112, 112)))
+        yield from planned(f"{layout} stem", dout, x, image(64, 3, 7, 7, channels_last=channels_last), True, STEM)
+    wide, weight = image(4096, 64, 128, 128), image(64, 64, 3, 3, dtype=torch.float16)
+    yield from planned("64-bit offsets, float16", wide.half(), wide.half(), weight)
+    yield from planned("formats that differ", image(16, 256, 16, 16, channels_last=False), image(16, 256, 16, 16),
+                       image(256, 256, 3, 3))  # fmt: skip
+
+
+FAMILIES = (
+    materialize_cases, logits_grad_cases, masked_linear_cases, masked_linear_dlogits_cases, scale_neurons_cases,
+    bitmask_cases, philox_cases, masked_conv_cases, masked_conv_dlogits_cases)  # fmt: skip
 
 
 def cases(target: Target) -> Iterator[Case]:

@@ -23,7 +23,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import load_temperature, soft_mask_derivative
 
-DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
+# Does not spill even where no access is wider than an element and each has a pointer of its own.
+DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, subtiles=4, num_warps=4, num_stages=3)
 
 
 @triton.jit
@@ -159,14 +160,18 @@ def plan(
     if out.stride(0) < out.stride(1):
         left, right, weight, mask_logits, out = right, left, weight.t(), mask_logits.t(), out.t()
     tokens, rows, columns = len(left), *out.shape
-    config = _for_dtype(config or _config(target, tokens, rows, columns), x.dtype)
+    tensors = (left, right, weight, mask_logits, out)
+    if config is None:
+        wide = all(_is_aligned(t) or _is_aligned(t.t()) for t in tensors)
+        config = _config(target, tokens, rows, columns) if wide else DEFAULT_CONFIG
+    config = _for_dtype(config, x.dtype)
     arguments: dict[str, Any] = {"t_ptr": temperature, "dl0_ptr": dl0, "scale": scale}
     arguments.update(M=tokens, R=rows, C=columns)
     constants: dict[str, Any] = {
         "HAS_DL0": dl0 is not None, "SCALED": scale != 1.0, "ADD": add, "PRECISION": _precision(target),
     }  # fmt: skip
     if config.persistent:
-        if _can_describe(target, left, right, weight, mask_logits, out):
+        if _can_describe(target, *tensors):
             return _plan_persistent(left, right, weight, mask_logits, out, arguments, constants, target, config)
         config = _for_dtype(DEFAULT_CONFIG, x.dtype)
     arguments.update(
@@ -208,19 +213,17 @@ def _plan_persistent(
     return Launch(kernel, grid, arguments, constants, config.num_warps, config.num_stages)
 
 
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether the rows are contiguous and each begins at whole 16 bytes."""
+    whole = tensor.stride(0) * tensor.element_size() % 16 == 0
+    return tensor.stride(1) == 1 and whole and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
+
+
 def _can_describe(target: Target, *tensors: Tensor) -> bool:
     """Whether the target has host tensor descriptors, each tensor can have one, and the last, dS, is fp32."""
-    return (
-        (target.has_descriptors or target.backend == "interpreter")
-        and tensors[-1].dtype == torch.float32
-        and all(
-            t.numel() > 0
-            and t.stride(1) == 1
-            and t.stride(0) * t.element_size() % 16 == 0
-            and (t.is_meta or t.data_ptr() % 16 == 0)
-            for t in tensors
-        )
-    )
+    if not target.has_descriptors and target.backend != "interpreter":
+        return False
+    return tensors[-1].dtype == torch.float32 and all(t.numel() > 0 and _is_aligned(t) for t in tensors)
 
 
 def _blocks(config: GemmConfig) -> dict[str, int]:
