@@ -110,7 +110,7 @@ class CircuitModel(nn.Module):
     def _record_l0(self, flag: bool) -> None:
         """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
         for layer in self.masked_layers.values():
-            layer.records_l0, layer._recorded_l0 = flag, None
+            layer._records_l0, layer._recorded_l0 = flag, None
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypass_checked or torch.compiler.is_compiling():
@@ -252,7 +252,7 @@ class CircuitModel(nn.Module):
         if not isinstance(flag, bool):
             raise TypeError(f"flag must be True or False, got {flag!r}")
         for layer in self.masked_layers.values():
-            layer.accumulate = flag
+            layer.accumulate_in_kernel = flag
 
     # l0
 

@@ -70,7 +70,7 @@ class _MaskedConv(MaskedLayer):
             padding_mode=self.padding_mode,
         )
 
-    def rows(self, x: Tensor) -> int:
+    def _rows(self, x: Tensor) -> int:
         # Positions of the input over the strides: the output's, but for its edges.
         dims = self.weight.dim() - 2
         batch = x.shape[0] if x.dim() == dims + 2 else 1
@@ -180,7 +180,7 @@ def mask_layer(
     module.mask_scale = 1 + math.exp(-mask_init_value) if rescale else 1.0  # 1 / sigmoid(mask_init_value)
     module.masked_weight = MaskedWeight()
     module.execution = execution
-    module.accumulate = module.records_l0 = False
+    module.accumulate_in_kernel = module._records_l0 = False
     module._recorded_l0 = None
     module.layer_index = layer_index
     module.use_masks = True
@@ -203,7 +203,7 @@ def unmask_layer(module: Any) -> nn.Module:
     return module
 
 
-_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "accumulate", "records_l0")
+_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "accumulate_in_kernel", "_records_l0")
 _STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "_recorded_l0")
 _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 

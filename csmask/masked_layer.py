@@ -35,7 +35,7 @@ class MaskedLayer(nn.Module):
         use_masks: False to use the plain dense weights.
         ablation, ablation_seed: the ablation mode of evaluation and the seed of its draws.
         execution: when the mask is computed; see ``CircuitConfig``.
-        accumulate: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
+        accumulate_in_kernel: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
     """
 
     # Dimension of the weight that counts output units (neurons, filters).
@@ -50,10 +50,10 @@ class MaskedLayer(nn.Module):
     temperature: Tensor
     mask_unit: str
     mask_scale: float
-    accumulate: bool
+    accumulate_in_kernel: bool
     layer_index: int
     masked_weight: MaskedWeight
-    records_l0: bool
+    _records_l0: bool
     _execution: str
     _recorded_l0: Tensor | None
     use_masks: bool
@@ -99,13 +99,13 @@ class MaskedLayer(nn.Module):
 
     def kept(self) -> int:
         """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
-        return self.counts()[0]
+        return self._counts()[0]
 
     def undecided(self) -> int:
         """Number of weights (and masked bias terms) with ``|T * S| < 4``: their soft mask is neither 0 nor 1."""
-        return self.counts()[1]
+        return self._counts()[1]
 
-    def counts(self) -> tuple[int, int]:
+    def _counts(self) -> tuple[int, int]:
         """``(kept, undecided)``, in one pass over the logits."""
         per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
         counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
@@ -125,7 +125,7 @@ class MaskedLayer(nn.Module):
         return l0
 
     def take_l0(self) -> Tensor:
-        """``l0()``, without a pass over the logits where the last forward, told by ``records_l0``, left the sum."""
+        """``l0()``, without a pass over the logits where the last forward, told by ``_records_l0``, left the sum."""
         l0, self._recorded_l0 = self._recorded_l0, None
         # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
         if l0 is None or l0.requires_grad != any(p.requires_grad and not self.is_hard(p) for p in self._logits()):
@@ -165,10 +165,10 @@ class MaskedLayer(nn.Module):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
         # While compiling, the number of rows is a symbol that a choice would pin to one value.
-        rows = None if torch.compiler.is_compiling() else self.rows(x)
+        rows = None if torch.compiler.is_compiling() else self._rows(x)
         return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
-    def rows(self, x: Tensor) -> int:
+    def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
         return x.shape[:-1].numel()
 
@@ -183,7 +183,9 @@ class MaskedLayer(nn.Module):
         }
         if self.ops is functional:
             kept = None if torch.compiler.is_compiling() else self.masked_weight
-            arguments.update(execution=self.resolve_execution(x), kept=kept, accumulate=self.accumulate, return_l0=True)
+            arguments.update(
+                execution=self.resolve_execution(x), kept=kept, accumulate=self.accumulate_in_kernel, return_l0=True
+            )
         return arguments
 
     def masked_bias(self) -> tuple[Tensor | None, Tensor | None]:
@@ -199,7 +201,7 @@ class MaskedLayer(nn.Module):
         if self.ops is reference:
             return result
         out, l0 = result
-        if self.records_l0 and self._recorded_l0 is None:
+        if self._records_l0 and self._recorded_l0 is None:
             self._recorded_l0 = l0 if bias_l0 is None else l0 + bias_l0
         return out
 

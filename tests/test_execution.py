@@ -423,8 +423,8 @@ def test_ceilings_by_device_name():
 def test_auto_counts_rows():
     for kind, rows in (("linear", 3), ("gpt2", 6), ("conv1d", 2 * 9 // 2), ("conv2d", 2 * 6 * 7 // 2)):
         circuit, x = build(kind)
-        assert circuit.wrapped_model.rows(x) == rows
-    assert circuit.wrapped_model.rows(x[0]) == 6 * 7 // 2
+        assert circuit.wrapped_model._rows(x) == rows
+    assert circuit.wrapped_model._rows(x[0]) == 6 * 7 // 2
     assert circuit.wrapped_model.resolve_execution(x) == "per_forward"
 
 
