@@ -58,6 +58,7 @@ GEOMETRIES = {
     "even": Case((1, 17, 6, 5), (3, 17, 2, 4), stride=(2, 1), padding=(1, 2)),
     "dilated": Case((1, 5, 7, 9), (17, 5, 3, 3), padding=(2, 2), dilation=(2, 2)),
     "stride and dilation share a factor": Case((1, 17, 9, 8), (5, 17, 3, 2), stride=(2, 3), dilation=(4, 2)),
+    "the same, turned": Case((1, 17, 8, 9), (5, 17, 2, 3), stride=(3, 2), dilation=(2, 4)),
     "one channel": Case((3, 1, 5, 5), (1, 1, 3, 3), stride=(2, 1), padding=(1, 0)),
     "kernel as large as the image": Case((3, 17, 3, 3), (17, 17, 3, 3)),
     "stride over the kernel": Case((1, 17, 7, 7), (5, 17, 2, 2), stride=(3, 3), padding=(1, 1)),
