@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from gpu_checks import Check
 from gpu_results import Context
 from torch import Tensor
 
-from csmask import reference, testing
+from csmask import reference
 from csmask._ops import triton_kernel
 
 # (M, N, K). odd: every dimension hangs over; ragged: multiples of 16 bytes, as descriptors need, but not of a tile.
@@ -30,17 +29,22 @@ CONV_SIZES = {
 
 
 class Draw:
-    """Random inputs of one check on the context's device: new ones at every call, from the run's seed."""
+    """Random inputs of one check, on the context's device (which may be meta): other ones in every run."""
 
     def __init__(self, context: Context) -> None:
-        self._seeds = itertools.count(context.seed)
         self._device = context.device
+        is_meta = self._device.type == "meta"
+        self._generator = None if is_meta else torch.Generator(self._device).manual_seed(context.seed)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-        return (testing.seeded_normal(shape, next(self._seeds)) * scale).to(self._device, dtype)
+        return (torch.randn(shape, generator=self._generator, device=self._device) * scale).to(dtype)
 
     def logits(self, *shape: int) -> Tensor:
-        return testing.seeded_logits(shape, next(self._seeds)).to(self._device)
+        """As ``csmask.testing.seeded_logits``: normal, every fifth near +-5, every seventh exactly 0."""
+        logits = self.normal(*shape).flatten()
+        logits[1::5] = logits[1::5].sign() * 5 + 0.1 * logits[1::5]
+        logits[::7] = 0
+        return logits.view(shape)
 
     def scalar(self, value: float) -> Tensor:
         return torch.tensor(value, device=self._device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compile_worker import start_workers
+from csmask_kernels.launch import target_of
 from gpu_checks import DeviceLostError, correctness, raise_if_lost
 from gpu_elementwise_cases import CASES
 from gpu_results import Context, Results
@@ -56,6 +59,9 @@ def run(options: argparse.Namespace, began: float, restart: Callable[[list[str]]
     results = Results(options.output, gpu, options.resume, seed=options.seed, rehearsal=options.rehearse)
     if device.type == "cpu" and not options.rehearse:
         print("no GPU: only the stages that need none are run; --rehearse runs all of them at toy sizes")
+    workers = []
+    if device.type == "cuda" and {"correctness", "search"} & set(wanted):
+        workers = start_workers(target_of(torch.empty(0, device=device)))
     clock = Clock(device)
     with triton_on_cpu() if options.rehearse else contextlib.nullcontext():
         for i, name in enumerate(wanted):
@@ -64,19 +70,33 @@ def run(options: argparse.Namespace, began: float, restart: Callable[[list[str]]
             if device.type == "cpu" and STAGES[name].needs_gpu and not options.rehearse:
                 results.stages[name] = {"status": "skipped", "reason": "no GPU", "failures": [], "not_run": []}
                 continue
+            if name in ("correctness", "search"):
+                _await(workers, budget / 3)
             if not _run_stage(_context(results, clock, name, budget, options), name):
                 continue
             # Correctness goes on behind the op at fault; of any other stage nothing more is to be had.
             rest = wanted[i:] if name == "correctness" else wanted[i + 1 :]
+            _await(workers, 0.0)
             if rest:
                 print("the device is lost to this process: going on in a fresh one", flush=True)
                 return restart([
                     str(options.output), "--resume", "--seed", str(options.seed + 1), "--stages", ",".join(rest),
                     "--seconds", str(max(options.seconds - (time.monotonic() - began), 1.0)),
                 ])  # fmt: skip
+    _await(workers, 0.0)
     results.save()
     print(summary(results))
     return int(any(stage["status"] == "failed" for stage in results.stages.values()))
+
+
+def _await(workers: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Let the compiling processes end in so many seconds; those that do not go on, or are stopped if it is 0."""
+    end = time.monotonic() + seconds
+    for worker in workers:
+        if seconds == 0.0:
+            worker.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(max(end - time.monotonic(), 0.1))
 
 
 def _context(results: Results, clock: Clock, name: str, budget: float, options: argparse.Namespace) -> Context:

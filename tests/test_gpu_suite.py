@@ -21,6 +21,7 @@ BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
 import compile_ahead  # noqa: E402 - bench holds scripts, not a package
+import compile_worker  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_results  # noqa: E402
 import gpu_runner  # noqa: E402
@@ -288,6 +289,18 @@ def test_no_launch_is_left_out_after_compiling_ahead():
     assert [p.kernel for p in planned] == [materialize._materialize_kernel]
     out, _, _ = materialize.materialize(weight, logits, t, False, 1.0)
     torch.testing.assert_close(out, weight * torch.sigmoid(logits))
+
+
+def test_workers_compile_each_kernel_once_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = json.dumps({"backend": "cuda", "arch": "90", "name": "H100-like", "multiprocessors": 132})
+    done = run_script(str(BENCH / "compile_worker.py"), target, "3", "400", interpret=False)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.cubin"))
+
+    launches = [launch.Launch(materialize._materialize_kernel, (1,), {}, {"i": i % 7}) for i in range(21)]
+    parts = [list(compile_worker.share_of(iter(launches), p, 3, lambda launched: launched.constants)) for p in range(3)]
+    assert sorted(launched.constants["i"] for part in parts for launched in part) == list(range(7))
 
 
 # Clocks

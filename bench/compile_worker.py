@@ -1,0 +1,107 @@
+"""Fills Triton's cache with what the GPU suite will launch: compiling takes a CPU longer than the checks take a GPU.
+
+Several of these processes run beside the suite's first stage. Each plans every check and every problem of ``tune`` on
+the meta device and compiles its share of the kernels for the suite's device, without touching that device itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from csmask_kernels.launch import Launch, Target
+from triton.backends.compiler import GPUTarget
+
+META = torch.device("meta")
+
+
+def start_workers(target: Target, count: int | None = None) -> list[subprocess.Popen[bytes]]:
+    """Start the processes, one for each core but two; they end by themselves."""
+    count = count or max((os.cpu_count() or 1) - 2, 1)
+    # They need no GPU, and must not take memory of it.
+    env: dict[str, str] = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+    about = json.dumps(dataclasses.asdict(target))
+    command = [sys.executable, "-W", "ignore", __file__, about]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return [subprocess.Popen([*command, str(i), str(count)], env=env, **quiet) for i in range(count)]  # type: ignore[call-overload]
+
+
+class OfflineDriver:
+    """As much of a Triton driver as compiling asks for; nothing can be launched with it."""
+
+    def __init__(self, target: Target) -> None:
+        arch = int(target.arch) if target.backend == "cuda" else target.arch
+        self.target = GPUTarget(target.backend, arch, 32 if target.backend == "cuda" else 64)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int = 0) -> int:
+        return 0
+
+
+def planned(target: Target) -> Iterator[Launch]:
+    """The launches of every check and of every candidate of ``tune``, planned for the target on the meta device."""
+    import gpu_checks
+    import tune
+    from compile_ahead import launches_of
+    from gpu_elementwise_cases import CASES
+    from gpu_results import Context, Results
+    from gpu_timing import Clock
+
+    for module in [m for name, m in sys.modules.items() if hasattr(m, "target_of")]:
+        module.target_of = lambda _tensor: target  # type: ignore[attr-defined]
+    context = Context(Results(Path(os.devnull), target.name), Clock(META), META, False, torch.bfloat16, 0)
+    for op, cases in CASES.items():
+        for dtype in gpu_checks.dtypes():
+            with contextlib.suppress(Exception):
+                for check in cases(op, dtype, context):
+                    with contextlib.suppress(Exception):
+                        yield from launches_of(lambda c=check: c.kernel(**c.inputs))
+    for _, make in tune.problems(tune.OPS, META, target, toy=False):
+        with contextlib.suppress(Exception):
+            problem = make()
+            for config in problem.candidates:
+                with contextlib.suppress(Exception), tune.using(problem.op, config):
+                    yield from launches_of(problem.call)
+
+
+def share_of(launches: Iterator[Launch], part: int, parts: int, signature: Callable[[Launch], Any]) -> Iterator[Launch]:
+    """The launches whose kernels are this part's: each kernel is in one part only, and comes once."""
+    seen = set()
+    for launch in launches:
+        key = zlib.crc32(repr((launch.kernel.__name__, signature(launch), launch.options())).encode())
+        if key % parts == part and key not in seen:
+            seen.add(key)
+            yield launch
+
+
+def main(about: str, part: str, parts: str) -> None:
+    from compile_launch import signature
+
+    target = Target(**json.loads(about))
+    triton.runtime.driver.set_active(OfflineDriver(target))
+    torch.set_num_threads(1)
+    # Imported before they are planned: their look-up of the target is replaced.
+    import gpu_stages  # noqa: F401
+
+    for launch in share_of(planned(target), int(part), int(parts), signature):
+        with contextlib.suppress(Exception):
+            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
