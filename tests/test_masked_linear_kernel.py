@@ -175,12 +175,13 @@ def test_layouts(form, launched):
     """Strided, transposed and unaligned tensors, read where they are; the persistent form leaves these to the other."""
     inputs = testing.linear_inputs((BLOCK + 1,), 36, 20, torch.float32)
     x, weight, logits = (inputs[name] for name in ("x", "weight", "mask_logits"))
-    wide = torch.zeros(20, 73)
-    wide[:, 1::2] = logits
+    wide, padded = torch.zeros(20, 73), torch.zeros(20, 37)
+    wide[:, 1::2], padded[:, :36] = logits, weight
     layouts = [
         {"x": x.t().contiguous().t()},
         {"weight": weight.t().contiguous().t()},
         {"mask_logits": wide[:, 1::2]},
+        {"weight": padded[:, :36]},
         {"x": x[:1].expand(BLOCK + 1, 36)},
         {"weight": torch.cat((torch.zeros(1), weight.flatten()))[1:].view(20, 36)},
     ]

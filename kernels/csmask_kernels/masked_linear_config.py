@@ -26,7 +26,7 @@ _MANY: _Form = {"split_k": 0}
 _PERSISTENT: _Form = {"persistent": True}
 # (block_m, block_n, block_k, num_warps, num_stages, form): shared memory of 227, of 99 to 163, of 64 kB or more on AMD.
 _LARGE: tuple[_Tile, ...] = (
-    (16, 64, 64, 4, 4, _FEW), (16, 64, 128, 4, 3, _FEW), (16, 128, 64, 8, 4, _FEW),
+    (16, 64, 64, 4, 4, _FEW), (16, 128, 64, 8, 3, _FEW), (16, 128, 64, 8, 4, _FEW),
     (64, 64, 64, 4, 3, _FEW), (64, 128, 64, 8, 3, _FEW), (64, 128, 64, 8, 3, _MANY),
     (128, 128, 32, 8, 4, _MANY), (128, 128, 64, 8, 3, _MANY), (128, 128, 64, 8, 3, _PERSISTENT),
     (256, 128, 32, 8, 3, _PERSISTENT), (256, 128, 64, 8, 2, _PERSISTENT), (256, 128, 64, 8, 2, {}),
