@@ -24,10 +24,8 @@ import compile_launch  # noqa: E402 - bench holds scripts, not a package
 import compile_report  # noqa: E402
 import kernel_cases  # noqa: E402
 
-NEWEST_TARGETS = list(compile_launch.TARGETS)
-# The oldest Triton: all kernels, and of the two AMD targets and the four of NVIDIA those that differ most.
-OLDEST_TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
-VERSIONS = [("newest", t) for t in NEWEST_TARGETS] + [("oldest", t) for t in OLDEST_TARGETS]
+TARGETS = list(compile_report.targets())
+VERSIONS = [(version, target) for version in ("newest", "oldest") for target in TARGETS]
 
 
 def run_python(*arguments, triton=None, **environment):
@@ -51,27 +49,26 @@ def triton_36():
     )
 
 
-def report(directory, targets, triton=None):
+def report(directory, triton=None):
     """The rows of the report by target, and the process that made them; it runs once per session and version."""
     file = directory / "report.json"
-    options = ["--targets", ",".join(targets), "--json", file]
-    process = run_python(BENCH / "compile_report.py", *options, triton=triton)
+    process = run_python(BENCH / "compile_report.py", "--json", file, triton=triton)
     assert file.is_file(), process.stderr[-2000:]
     found = json.loads(file.read_text())
-    rows = {
-        target: [compile_report.Row(**row) for row in found["rows"] if row["target"] == target] for target in targets
-    }
+    rows = {name: [] for name in TARGETS}
+    for row in found["rows"]:
+        rows[row["target"]].append(compile_report.Row(**row))
     return SimpleNamespace(process=process, triton=found["triton"], rows=rows)
 
 
 @pytest.fixture(scope="session")
 def newest(tmp_path_factory):
-    return report(tmp_path_factory.mktemp("newest"), NEWEST_TARGETS)
+    return report(tmp_path_factory.mktemp("newest"))
 
 
 @pytest.fixture(scope="session")
 def oldest(tmp_path_factory, triton_36):
-    return report(tmp_path_factory.mktemp("oldest"), OLDEST_TARGETS, triton_36)
+    return report(tmp_path_factory.mktemp("oldest"), triton_36)
 
 
 @pytest.fixture
@@ -105,7 +102,7 @@ def test_nothing_spills(rows):
 @pytest.mark.slow
 @compiled
 def test_shared_memory_fits(rows, target):
-    limit = compile_launch.SHARED_LIMIT[target]
+    limit = compile_launch.SHARED_LIMIT[compile_report.targets()[target].family]
     large = [row for row in rows if not 0 <= row.shared <= limit]
     assert not large, described(large)
 
@@ -141,7 +138,7 @@ def test_bytes_per_weight(newest):
         "logits_grad add torch.bfloat16": 16,  # dS is read, too
         "mask_sums": 4,
     }
-    for target in NEWEST_TARGETS:
+    for target in TARGETS:
         found = {row.case: row.bytes_per_element for row in newest.rows[target] if row.case in expected}
         assert found == pytest.approx(expected, abs=0.05), target
 
@@ -164,7 +161,7 @@ def test_the_oldest_triton_is_3_6(oldest):
 
 
 @pytest.mark.filterwarnings("ignore:no launch configs measured")
-@pytest.mark.parametrize("target", compile_report.targets())
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_shipped_config_is_compiled(monkeypatch, target):
     """Each row of each table is what some case's plan chose."""
     table = launches.config_table(compile_report.targets()[target])
