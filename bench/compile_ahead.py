@@ -18,24 +18,26 @@ Call = Callable[[], Any]
 
 
 @contextlib.contextmanager
-def launching_with(run: Callable[..., None]) -> Iterator[None]:
-    """Every op's launcher gives its launches to ``run(device, *launches)`` instead of starting them."""
-    original = launches.run
-    kernels = [m for name, m in sys.modules.items() if name.startswith("csmask_kernels.")]
-    patched = [m for m in kernels if getattr(m, "run", None) is original]
+def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A function of ``csmask_kernels.launch`` replaced in every module of kernels that has imported it by its name."""
+    original = getattr(launches, name)
+
+    def put(old: Any, new: Any) -> None:
+        for module in [m for n, m in sys.modules.items() if n.startswith("csmask_kernels.")]:
+            if getattr(module, name, None) is old:
+                setattr(module, name, new)
+
+    put(original, function)
     try:
-        for module in patched:
-            module.run = run  # type: ignore[attr-defined]
         yield
     finally:
-        for module in patched:
-            module.run = original  # type: ignore[attr-defined]
+        put(function, original)  # modules that were imported in the meantime have it too
 
 
 def launches_of(call: Call) -> list[Launch]:
     """The launches that a call of launchers would make; what it returns is garbage and dropped."""
     found: list[Launch] = []
-    with launching_with(lambda _device, *planned: found.extend(planned)):
+    with replaced("run", lambda _device, *planned: found.extend(planned)):
         call()
     return found
 

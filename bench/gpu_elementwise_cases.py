@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from csmask_kernels.launch import ElementwiseConfig
-from gpu_cases import Draw, conv_cases, linear_cases, shipped_rows
+from gpu_cases import LINEAR_SIZES, Draw, conv_cases, linear_cases, shipped_rows
 from gpu_checks import Check
 from gpu_results import Context
 from torch import Tensor
 
-from csmask import philox, reference
+from csmask import functional, philox, reference
 from csmask._ops import triton_kernel
 
 Results = dict[str, Tensor]
@@ -249,6 +249,46 @@ def philox_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Chec
             yield Check(op, f"{kind} {count}", {"start": start}, kernel, expected, ("out",))
 
 
+def functional_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]:
+    """Layers' own way to the kernels: through the operators that the device dispatches, forward and backward."""
+
+    def check(variant: str, transposed: bool, **options: Any) -> Check:
+        (m, n, k), draw = LINEAR_SIZES["toy" if context.toy else "full"][1], Draw(context)
+        shape = (k, n) if transposed else (n, k)
+        logits = draw.logits(*shape)
+        inputs = {
+            "x": draw.normal(m, k, dtype=dtype), "bias": draw.normal(n, dtype=dtype),
+            "weight": draw.weight(shape, dtype, logits, False), "logits": logits, "temperature": draw.scalar(1.5),
+            "dout": draw.normal(m, n, dtype=dtype), "dl0": draw.scalar(0.25),
+        }  # fmt: skip
+
+        def with_grads(function: Callable[..., Any], dout: Tensor, dl0: Tensor, **tensors: Tensor) -> Results:
+            leaves = {name: tensors[name].detach().requires_grad_() for name in ("x", "logits", "bias")}
+            given = {**tensors, **leaves}
+            names = ("x", "weight", "logits", "temperature", "bias")
+            out, l0 = function(*(given[name] for name in names))
+            grads = torch.autograd.grad([out, l0], list(leaves.values()), [dout, dl0])
+            return {"out": out.detach(), "l0": l0.detach(), **{f"d{n}": g for n, g in zip(leaves, grads, strict=True)}}
+
+        def kernel(**tensors: Tensor) -> Results:
+            return with_grads(
+                lambda *args: functional.masked_linear(*args, transposed=transposed, return_l0=True, **options),
+                **tensors,
+            )
+
+        def plain(
+            x: Tensor, weight: Tensor, logits: Tensor, temperature: Tensor, bias: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            out = reference.masked_linear(x, weight, logits, temperature, bias, transposed=transposed)
+            return out, reference.l0(logits, temperature)
+
+        return Check(op, variant, inputs, kernel, lambda **tensors: with_grads(plain, **tensors))
+
+    for execution in ("per_forward", "in_kernel"):
+        yield check(execution, False, execution=execution)
+        yield check(f"{execution} transposed", True, execution=execution)
+
+
 CASES: dict[str, Callable[..., Iterator[Check]]] = {
     "materialize": materialize_cases,
     "mask_sums": mask_sums_cases,
@@ -271,4 +311,5 @@ CASES: dict[str, Callable[..., Iterator[Check]]] = {
     "masked_conv_dlogits": conv_cases,
     "masked_conv_dlogits_": conv_cases,
     "philox_": philox_cases,
+    "functional.masked_linear": functional_cases,
 }

@@ -55,7 +55,8 @@ def main(arguments: list[str], restart: Callable[[list[str]], Any] | None = None
     import gpu_runner
 
     # A kernel that hangs cannot be interrupted: the traceback is printed, and what was measured is on disk.
-    faulthandler.dump_traceback_later(options.seconds + 30, exit=True, file=sys.__stderr__)
+    patience = 600 if options.rehearse else 30  # an interpreter on a busy machine may hang for long and yet be well
+    faulthandler.dump_traceback_later(options.seconds + patience, exit=True, file=sys.__stderr__)
     try:
         return gpu_runner.run(options, began, restart or _replace_process)
     finally:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compile_ahead import compile_ahead, launches_of
+from compile_ahead import compile_ahead, launches_of, replaced
 from csmask_kernels import launch
 from csmask_kernels.launch import (
     CONFIG_DIRECTORY,
@@ -201,20 +201,6 @@ def _first(results: Any) -> Tensor:
 # The search
 
 
-@contextlib.contextmanager
-def looking_up(get_config: Callable[..., Any]) -> Iterator[None]:
-    """The kernels look configs up with this function."""
-    original = launch.get_config
-    modules = [m for name, m in sys.modules.items() if name.startswith("csmask_kernels.") and hasattr(m, "get_config")]
-    try:
-        for module in modules:
-            module.get_config = get_config  # type: ignore[attr-defined]
-        yield
-    finally:
-        for module in modules:
-            module.get_config = original  # type: ignore[attr-defined]
-
-
 def config_in_use(op: str, call: Callable[[], Any]) -> Any:
     """The config that a call of the op finds now, before it is fitted to the call's sizes and dtypes."""
     original, found = launch.get_config, []
@@ -225,7 +211,7 @@ def config_in_use(op: str, call: Callable[[], Any]) -> Any:
             found.append(config)
         return config
 
-    with looking_up(record):
+    with replaced("get_config", record):
         launches_of(call)
     return found[0]
 
@@ -233,7 +219,7 @@ def config_in_use(op: str, call: Callable[[], Any]) -> Any:
 def using(op: str, config: Any) -> contextlib.AbstractContextManager[None]:
     """The kernels find this config for the op, as if the table had it; the other ops find their own."""
     original = launch.get_config
-    return looking_up(lambda asked, *arguments: config if asked == op else original(asked, *arguments))
+    return replaced("get_config", lambda asked, *arguments: config if asked == op else original(asked, *arguments))
 
 
 def solve(problem: Problem, clock: Clock, seconds: float, found: Found) -> Best | None:

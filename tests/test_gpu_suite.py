@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import json
 import math
 import os
@@ -54,7 +55,7 @@ def read(directory: Path) -> dict:
 def rehearsal(tmp_path_factory):
     """One run of every stage, in little time: correctness may not reach every op."""
     out = tmp_path_factory.mktemp("suite")
-    done = run_script(str(BENCH / "gpu_suite.py"), str(out), "--rehearse", "--seconds", "50", interpret=False)
+    done = run_script(str(BENCH / "gpu_suite.py"), str(out), "--rehearse", "--seconds", "60", interpret=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
@@ -289,6 +290,14 @@ def test_no_launch_is_left_out_after_compiling_ahead():
     assert [p.kernel for p in planned] == [materialize._materialize_kernel]
     out, _, _ = materialize.materialize(weight, logits, t, False, 1.0)
     torch.testing.assert_close(out, weight * torch.sigmoid(logits))
+
+
+def test_a_kernel_that_is_imported_while_launches_are_collected_gets_the_real_function(monkeypatch):
+    name = "csmask_kernels.bitmask"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    (planned,) = compile_ahead.launches_of(lambda: importlib.import_module(name).pack_mask(torch.randn(8)))
+    assert planned.kernel.__name__ == "_pack_mask_kernel"
+    assert sys.modules[name].run is launch.run
 
 
 def test_workers_compile_each_kernel_once_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):
