@@ -224,7 +224,7 @@ def test_default_config():
     inputs = inputs_of(13, 70, 67, torch.float16)
     arguments = (torch.tensor(1.5), None, 1.0, False)
     got = mld.masked_linear_dlogits(*inputs.values(), *arguments)
-    assert torch.equal(got, mld.masked_linear_dlogits(*inputs.values(), *arguments, mld.DEFAULT_CONFIG))
+    assert torch.equal(got, mld.masked_linear_dlogits(*inputs.values(), *arguments, mld.UNALIGNED_CONFIG))
     check(inputs, config=None)
 
 
@@ -249,11 +249,11 @@ def test_persistent_form_only_where_descriptors_can_be_made():
     assert launch.kernel.fn.__name__ == PERSISTENT
     assert launch.grid == (132,)
     assert launch.constants["REDUCE"]
-    safe = planned(4096, 4096, config=mld.DEFAULT_CONFIG).constants
     ampere = Target("cuda", "80", "no such device", 108)
-    for other in (planned(4096, 4099, config=large), planned(4096, 4096, target=ampere, config=large)):
+    unaligned, old = planned(4096, 4099, config=large), planned(4096, 4096, target=ampere, config=large)
+    for other, safe in ((unaligned, mld.UNALIGNED_CONFIG), (old, mld.DEFAULT_CONFIG)):
         assert other.kernel.fn.__name__ == POINTER
-        assert other.constants == safe  # the persistent form's tiles would spill there
+        assert other.constants == planned(4096, 4096, config=safe).constants  # the large tiles would spill there
     fp32 = planned(4096, 4096, torch.float32, config=large)
     assert fp32.kernel.fn.__name__ == POINTER
     assert (fp32.constants["BLOCK_R"], fp32.constants["BLOCK_C"], fp32.constants["BLOCK_M"]) == (128, 128, 32)

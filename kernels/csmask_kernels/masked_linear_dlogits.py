@@ -23,8 +23,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
 from .mask import load_temperature, soft_mask_derivative
 
-# Does not spill even where no access is wider than an element and each has a pointer of its own.
-DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, subtiles=4, num_warps=4, num_stages=3)
+DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
+# Where no access is wider than an element, each has a pointer of its own: smaller pieces make room for them.
+UNALIGNED_CONFIG = dataclasses.replace(DEFAULT_CONFIG, subtiles=4)
 
 
 @triton.jit
@@ -161,9 +162,9 @@ def plan(
         left, right, weight, mask_logits, out = right, left, weight.t(), mask_logits.t(), out.t()
     tokens, rows, columns = len(left), *out.shape
     tensors = (left, right, weight, mask_logits, out)
-    if config is None:
-        wide = all(_is_aligned(t) or _is_aligned(t.t()) for t in tensors)
-        config = _config(target, tokens, rows, columns) if wide else DEFAULT_CONFIG
+    wide = all(_is_aligned(t) or _is_aligned(t.t()) for t in tensors)
+    safe = DEFAULT_CONFIG if wide else UNALIGNED_CONFIG
+    config = config or (_config(target, tokens, rows, columns) if wide else safe)
     config = _for_dtype(config, x.dtype)
     arguments: dict[str, Any] = {"t_ptr": temperature, "dl0_ptr": dl0, "scale": scale}
     arguments.update(M=tokens, R=rows, C=columns)
@@ -173,7 +174,7 @@ def plan(
     if config.persistent:
         if _can_describe(target, *tensors):
             return _plan_persistent(left, right, weight, mask_logits, out, arguments, constants, target, config)
-        config = _for_dtype(DEFAULT_CONFIG, x.dtype)
+        config = _for_dtype(safe, x.dtype)
     arguments.update(
         left_ptr=left, right_ptr=right, w_ptr=weight, s_ptr=mask_logits, out_ptr=out,
         stride_lm=left.stride(0), stride_lr=left.stride(1), stride_rm=right.stride(0), stride_rc=right.stride(1),
