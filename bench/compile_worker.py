@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -100,7 +101,15 @@ def main(about: str, part: str, parts: str) -> None:
 
     for launch in share_of(planned(target), int(part), int(parts), signature):
         with contextlib.suppress(Exception):
-            launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.constants, **launch.options())
+            arguments = {**launch.arguments, **launch.constants, **launch.options()}
+            build_launcher(target, launch.kernel.warmup(grid=launch.grid, **arguments))
+
+
+def build_launcher(target: Target, kernel: Any) -> None:
+    """Build what launches a compiled kernel: in some releases of Triton a C module for each signature."""
+    vendor, launcher = {"cuda": ("nvidia", "CudaLauncher"), "hip": ("amd", "HIPLauncher")}[target.backend]
+    driver = importlib.import_module(f"triton.backends.{vendor}.driver")
+    getattr(driver, launcher)(kernel.src, kernel.metadata)
 
 
 if __name__ == "__main__":

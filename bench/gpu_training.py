@@ -95,6 +95,9 @@ class Layer:
         self._compiled = torch.compile(plain_masked_linear, backend=backend)
 
     def providers(self) -> dict[str, Callable[[], Provider]]:
+        """By name, what builds them: "per_forward" makes the masked weight in forward and anew in backward, "kept" once
+        per step; "neuron" has one logit per output.
+        """
         return {
             "dense": self._dense,
             "eager": lambda: self._plain(plain_masked_linear),
