@@ -70,10 +70,10 @@ def geometry(weight: Tensor, stride: Pair, dilation: Pair) -> dict[str, int]:
 
 
 def dot_precision(target: Target) -> str:
-    """How fp32 operands are multiplied: as the vendor's convolution would, by ``torch.backends.cudnn.allow_tf32``."""
+    """How fp32 operands are multiplied: in tf32 where torch allows it for its own convolutions, else close to fp32."""
     if target.backend != "cuda":
         return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
 
 
 def empty_in_format_of(image: Tensor, shape: Sequence[int]) -> Tensor:

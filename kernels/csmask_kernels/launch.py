@@ -161,7 +161,8 @@ class GemmConfig:
     Args:
         block_m, block_n, block_k: tile of the output and step along the sum.
         group_m: tiles of M that are walked together, for reuse in L2.
-        split_k: programs that share one output tile; their fp32 partial sums are added in a fixed order.
+        split_k: programs that share one output tile; their fp32 partial sums are added in a fixed order. 0 for as many
+            as fill the device.
         swap: compute the transposed tile, so that the masked weight is the left operand: few tokens.
         persistent: tensor descriptors and a grid of one program per multiprocessor (sm_90 and later).
         subtiles: pieces in which the epilogue of the weight gradient works, against register spills.
