@@ -281,7 +281,7 @@ def candidate_configs(target: Target, m: int, n: int, k: int) -> list[GemmConfig
     if m > 64:
         found += [GemmConfig(128, 128, d, subtiles=4, num_warps=8, num_stages=stages) for d in (32, 64)]
         if target.has_descriptors and target.family != "sm_120":  # whose 99 KB hold no stages beside the pieces
-            large = ((128, 128, 4, 4, 2), (128, 128, 4, 8, 3), (128, 256, 4, 8, 3))
+            large = ((128, 128, 4, 4, 2), (128, 128, 4, 8, 2), (128, 256, 4, 8, 3))
             found += [GemmConfig(r, c, 64, 8, 1, False, True, s, w, stages) for r, c, s, w, stages in large]
     return [c for c in found if c.block_m <= max(64, n) and c.block_n <= max(64, k)]
 
