@@ -123,4 +123,4 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _disassemble(cubin: bytes) -> str:
-    return _read_cubin("nvdisasm", cubin, "--print-code")
+    return _read_cubin("nvdisasm", cubin, "--print-code", "--no-dataflow")

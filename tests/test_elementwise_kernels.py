@@ -66,6 +66,7 @@ UNITS = {
     "units-beyond-a-block": (normal(3, BLOCK + 1), (1, BLOCK + 1)),
     "sums-beyond-a-block": (normal(3, 2 * BLOCK + 1), (3, 1)),
     "middle": (normal(3, 5, 7), (1, 5, 1)),
+    "middle-behind-one": (normal(1, 5, 7), (1, 5, 1)),
     "last-of-three": (normal(3, 5, 7), (1, 1, 7)),
     "filters": (normal(5, 4, 3, 2), (5, 1, 1, 1)),
     "filters-channels-last": (channels_last(5, 4, 3, 2), (5, 1, 1, 1)),
