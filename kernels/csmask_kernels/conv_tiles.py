@@ -69,13 +69,6 @@ def geometry(weight: Tensor, stride: Pair, dilation: Pair) -> dict[str, int]:
     }  # fmt: skip
 
 
-def dot_precision(target: Target) -> str:
-    """How fp32 operands are multiplied: in tf32 where torch allows it for its own convolutions, else close to fp32."""
-    if target.backend != "cuda":
-        return "ieee"
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "tf32x3"
-
-
 def empty_in_format_of(image: Tensor, shape: Sequence[int]) -> Tensor:
     """An image of the dtype and memory format of another; channels-last only where that one is nothing else."""
     channels_last = image.is_contiguous(memory_format=torch.channels_last) and not image.is_contiguous()

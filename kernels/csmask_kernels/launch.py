@@ -225,6 +225,15 @@ def target_of(tensor: Tensor) -> Target:
     return _cuda_target(tensor.device.index)
 
 
+def fp32_products(target: Target, convolution: bool = False) -> str:
+    """How tensor cores multiply fp32 operands, as ``tl.dot``'s ``input_precision``: tf32 where torch allows it for its
+    own matrix products (or convolutions), three tf32 products, which are close to fp32, otherwise."""
+    if target.backend != "cuda":
+        return "ieee"
+    torch_setting = torch.backends.cudnn.conv if convolution else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    return "tf32" if torch_setting.fp32_precision == "tf32" else "tf32x3"
+
+
 def config_file_name(device_name: str) -> str:
     """``NVIDIA H200`` -> ``NVIDIA_H200``: what ``bench/tune.py`` calls the device's table, without ``.json``."""
     return re.sub(r"[^A-Za-z0-9.-]+", "_", device_name).strip("_")

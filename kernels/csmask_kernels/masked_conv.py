@@ -40,7 +40,6 @@ from torch import Tensor
 from .conv_tiles import (
     Pair,
     block_for,
-    dot_precision,
     empty_in_format_of,
     geometry,
     image_strides,
@@ -51,7 +50,7 @@ from .conv_tiles import (
     weight_strides,
 )
 from .conv_tiles import candidate_configs as candidate_configs  # bench/tune.py asks the op's module
-from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, get_config, run, target_of
 from .mask import load_temperature
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
@@ -265,7 +264,7 @@ def plan(
     constants: dict[str, Any] = {
         **geometry(weight, stride, dilation), "FLAT": flat, "PIXELS_INNER": pixels_inner,
         "WIDE": is_wide(x, weight, mask_logits, out), "HARD": hard, "SCALED": scale != 1.0,
-        "HAS_BIAS": bias is not None, "PRECISION": dot_precision(target),
+        "HAS_BIAS": bias is not None, "PRECISION": fp32_products(target, convolution=True),
         "BLOCK_M": config.block_m, "BLOCK_N": block_for(config.block_n, out_channels),
         "BLOCK_K": sum_block_for(config, weight[:1].numel() if flat else channels, x.dtype),
     }  # fmt: skip
@@ -318,7 +317,7 @@ def plan_dx(
         "PERIOD_H": stride[0] // math.gcd(stride[0], dilation[0]),
         "PERIOD_W": stride[1] // math.gcd(stride[1], dilation[1]),
         "PIXELS_INNER": dout.stride(1) != 1, "WIDE": is_wide(dout, weight, mask_logits, dx),
-        "HARD": hard, "SCALED": scale != 1.0, "PRECISION": dot_precision(target),
+        "HARD": hard, "SCALED": scale != 1.0, "PRECISION": fp32_products(target, convolution=True),
         "BLOCK_M": config.block_m, "BLOCK_N": block_for(config.block_n, channels),
         "BLOCK_K": sum_block_for(config, out_channels, dout.dtype),
     }  # fmt: skip

@@ -19,7 +19,6 @@ from torch import Tensor
 from .conv_tiles import (
     Pair,
     block_for,
-    dot_precision,
     geometry,
     image_strides,
     is_wide,
@@ -27,7 +26,7 @@ from .conv_tiles import (
     weight_strides,
 )
 from .conv_tiles import candidate_configs as candidate_configs  # bench/tune.py asks the op's module
-from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, get_config, run, target_of
 from .mask import load_temperature, soft_mask_derivative
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=128, num_warps=4, num_stages=3)
@@ -242,7 +241,7 @@ def plan(
         },
         {
             **epilogue, **geometry(weight, stride, dilation), "DOUT_PIXELS_INNER": dout.stride(1) != 1,
-            "X_PIXELS_INNER": x.stride(1) != 1, "SPLIT": splits > 1, "PRECISION": dot_precision(target),
+            "X_PIXELS_INNER": x.stride(1) != 1, "SPLIT": splits > 1, "PRECISION": fp32_products(target, convolution=True),
             "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         config.num_warps,

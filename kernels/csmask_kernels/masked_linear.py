@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GemmConfig, Launch, Target, check_supported, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, run, target_of
 from .mask import apply_mask, load_temperature, mask_value
 from .masked_linear_config import candidate_configs, choose_config, fill
 from .masked_linear_persistent import can_persist, plan_persistent, tile_of
@@ -181,13 +181,6 @@ def bits_mask(weight: Tensor, bits: Tensor, scale: float) -> Mask:
     return Mask(bits, (weight.shape[1], 1), True, None, True, scale)
 
 
-def precision_of(target: Target) -> str:
-    """How fp32 operands are multiplied on tensor cores: tf32 where torch allows it for its own, else close to fp32."""
-    if target.backend != "cuda":
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
 def plan(
     x: Tensor,
     weight: Tensor,
@@ -219,7 +212,7 @@ def plan(
     }  # fmt: skip
     constants = {
         "MASK": mask.kind(n, k, config), "HARD": mask.hard, "SCALED": mask.scale != 1.0, "COUNT": count,
-        "HAS_BIAS": bias is not None and splits == 1, "SWAP": config.swap, "PRECISION": precision_of(target),
+        "HAS_BIAS": bias is not None and splits == 1, "SWAP": config.swap, "PRECISION": fp32_products(target),
         "SPLIT_K": splits, "GROUP_M": config.group_m,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip

@@ -92,7 +92,7 @@ def _is_loaded_whole(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def fit_dtypes(config: GemmConfig, x: Tensor, weight: Tensor) -> GemmConfig:
     """Configs are for 2-byte x and W. fp32 ones take twice the shared memory: half the step of K.
 
-    Three tf32 products (see ``precision_of``) spill registers on tiles over 128 x 128, as compiled with Triton 3.9.
+    Three tf32 products (``launch.fp32_products``) spill registers on tiles over 128 x 128, as compiled with Triton 3.9.
     """
     if torch.float32 in (x.dtype, weight.dtype):
         config = replace(config, block_k=max(config.block_k // 2, 16))

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import GemmConfig, Launch, Target, check_supported, get_config, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, get_config, run, target_of
 from .mask import load_temperature, soft_mask_derivative
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
@@ -169,7 +169,7 @@ def plan(
     arguments: dict[str, Any] = {"t_ptr": temperature, "dl0_ptr": dl0, "scale": scale}
     arguments.update(M=tokens, R=rows, C=columns)
     constants: dict[str, Any] = {
-        "HAS_DL0": dl0 is not None, "SCALED": scale != 1.0, "ADD": add, "PRECISION": _precision(target),
+        "HAS_DL0": dl0 is not None, "SCALED": scale != 1.0, "ADD": add, "PRECISION": fp32_products(target),
     }  # fmt: skip
     if config.persistent:
         if _can_describe(target, *tensors):
@@ -236,13 +236,6 @@ def _blocks(config: GemmConfig) -> dict[str, int]:
 
 def _tiles(config: GemmConfig, rows: int, columns: int) -> int:
     return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
-
-
-def _precision(target: Target) -> str:
-    """How fp32 operands are multiplied: on NVIDIA in TF32 if torch may, else in three TF32 products."""
-    if target.backend != "cuda":
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _config(target: Target, tokens: int, rows: int, columns: int) -> GemmConfig:
