@@ -242,7 +242,8 @@ def plan(
         {
             **epilogue, **geometry(weight, stride, dilation), "DOUT_PIXELS_INNER": dout.stride(1) != 1,
             "X_PIXELS_INNER": x.stride(1) != 1, "SPLIT": splits > 1,
-            "PRECISION": fp32_products(target, convolution=True), "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "PRECISION": fp32_products(target, convolution=True),
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
         },
         config.num_warps,
         config.num_stages,
