@@ -1,4 +1,4 @@
-"""``CircuitModel``: a model with masks over its weights."""
+"""``CircuitModel``: a model with masks over its weights. Most of its length is the docstrings of the public API."""
 
 from __future__ import annotations
 
