@@ -78,7 +78,6 @@ def _weight_and_logits_grads(
     if ctx.needs_input_grad[weight_input]:
         # d(W * m)/dW = m: the gradient is masked as the weight was.
         dweight, _, _ = ops.materialize(dmasked_weight, mask_logits, temperature, ctx.hard, ctx.scale, weight.dtype)
-        dweight = dweight.contiguous() if dweight.stride() != weight.stride() else dweight
     if ctx.needs_input_grad[logits_input] and not ctx.hard:
         arguments = (dmasked_weight, weight, mask_logits, temperature, dl0, ctx.scale)
         dlogits = _logits_grad(ctx, mask_logits, "logits_grad", arguments)
@@ -87,11 +86,26 @@ def _weight_and_logits_grads(
 
 def _logits_grad(ctx: Any, mask_logits: Tensor, op: str, arguments: tuple[Any, ...]) -> Tensor | None:
     """What ``op`` gives as the gradient of the logits; None where it was added to ``mask_logits.grad`` itself."""
-    grad = mask_logits.grad if ctx.accumulate and mask_logits.is_leaf else None
+    if ctx.accumulate and _can_add_to_grad(mask_logits):
+        getattr(ops, f"{op}_")(mask_logits.grad, *arguments)
+        return None
+    return getattr(ops, op)(*arguments)
+
+
+def _can_add_to_grad(leaf: Tensor) -> bool:
+    """Whether a kernel may add to ``leaf.grad``: it is there, dense fp32, and autograd would do just that and no more.
+
+    Hooks want to see the gradient, and ``torch.autograd.grad`` and ``backward(inputs=...)`` accumulate nothing here.
+    """
+    grad = leaf.grad if leaf.is_leaf else None
     if grad is None or grad.dtype != torch.float32 or grad.layout != torch.strided or grad.is_inference():
-        return getattr(ops, op)(*arguments)
-    getattr(ops, f"{op}_")(grad, *arguments)
-    return None
+        return False
+    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks or grad.stride() != leaf.stride():
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
+    except RuntimeError:  # torch.autograd.grad of the leaf itself
+        return False
 
 
 class MaskedOp(torch.autograd.Function):
@@ -130,7 +144,7 @@ class MaskedOp(torch.autograd.Function):
         else:
             masked_weight, l0 = _masked_weight(kept, *mask, hard, scale, x.dtype)
             out = _dense_forward(x, masked_weight, bias, geometry)
-        if hard:
+        if hard or not ctx.needs_input_grad[2]:
             ctx.mark_non_differentiable(l0)
         return out, l0
 
@@ -140,8 +154,6 @@ class MaskedOp(torch.autograd.Function):
         x, weight, mask_logits, temperature = ctx.saved_tensors
         mask = (weight, mask_logits, temperature)
         dx = dweight = dlogits = dbias = None
-        if ctx.kept is not None:
-            ctx.kept.note_backward()
         if dout is None:
             if ctx.needs_dweight:
                 dweight, dlogits = _weight_and_logits_grads(ctx, None, *mask, dl0)
@@ -246,7 +258,8 @@ class NeuronOp(torch.autograd.Function):
     """An operation with one logit per output unit, as the dense operation and a scaled output: ``y = m * (x W^T) + b``.
 
     Two matrix products in forward and backward instead of three: the logits' gradient is a sum over the output. Saved
-    are the unscaled output, ``weight`` and ``mask_logits``, and ``x`` only where the weight is trained too.
+    are the unscaled output, ``weight`` and ``mask_logits``, and ``x`` where the weight is trained too; a convolution
+    saves it always, since its input gradient asks for it.
     """
 
     @staticmethod
@@ -268,7 +281,10 @@ class NeuronOp(torch.autograd.Function):
         logits = mask_logits.flatten()
         out = ops.scale_neurons(unscaled, logits, temperature, bias, False, scale, _unit_dim(geometry, unscaled))
         per_logit = reference.weights_per_logit(weight, mask_logits)
-        return out, ops.mask_sums(logits, temperature, False, scale, per_logit, False)[0]
+        l0 = ops.mask_sums(logits, temperature, False, scale, per_logit, False)[0]
+        if not ctx.needs_input_grad[2]:
+            ctx.mark_non_differentiable(l0)
+        return out, l0
 
     @staticmethod
     @once_differentiable

@@ -145,6 +145,8 @@ class CircuitModel(nn.Module):
         self.training = mode
         self.wrapped_model.train(mode and not self.circuit_config.freeze_base)
         for layer in self.masked_layers.values():
+            if layer.training != mode and layer.masked_weight.keep != "always":
+                layer.masked_weight.drop()  # soft masks are of no use in evaluation, nor hard ones in training
             layer.training = mode
         return self
 
@@ -231,9 +233,10 @@ class CircuitModel(nn.Module):
         """When ``"per_forward"`` layers keep their masked weight from one use to the next; frees what is kept now.
 
         Args:
-            when: ``"training"`` (the default): backward and the following micro-batches find what forward made, for one
-                masked weight more in memory (2 bytes per weight in bf16). ``"always"``: in evaluation too, which then
-                costs what the dense model costs; after writing to ``mask_logits.data`` by hand, call this again.
+            when: ``"training"`` (the default): backward finds what forward made, and so do the following micro-batches
+                once a ``torch.optim`` optimizer has stepped the logits, for one masked weight more in memory (2 bytes
+                per weight in bf16). ``"always"``: in evaluation too, which then costs what the dense model costs; after
+                writing to ``mask_logits.data`` by hand, or replaying a CUDA graph that does, call this again.
                 ``"never"``: made anew at each use.
         """
         if when not in KEEP_MODES:
@@ -245,9 +248,10 @@ class CircuitModel(nn.Module):
     def accumulate_in_kernel(self, flag: bool) -> None:
         """Whether kernels add to ``mask_logits.grad`` where there is a gradient already, instead of autograd.
 
-        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. Only
-        for plain ``loss.backward()`` calls: ``torch.autograd.grad`` and hooks on the logits, such as those of DDP, do
-        not see a gradient that was added so. Off by default.
+        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. For
+        plain ``loss.backward()`` calls in one process: hooks that DDP and FSDP set where autograd accumulates do not
+        see a gradient that was added so. Logits with hooks of their own, ``torch.autograd.grad`` and
+        ``backward(inputs=...)`` go through autograd all the same. Off by default.
         """
         if not isinstance(flag, bool):
             raise TypeError(f"flag must be True or False, got {flag!r}")

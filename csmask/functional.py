@@ -162,7 +162,8 @@ def masked_linear(
 ) -> Any:
     """``y = x (W * m)^T + b``; see ``reference.masked_linear``.
 
-    Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else.
+    Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else; with one logit per output unit, the
+    unscaled output in place of ``x``.
 
     Args:
         execution: ``"per_forward"`` or ``"in_kernel"``: see this module's docstring.
@@ -187,7 +188,8 @@ def masked_linear(
     if is_neuron_mask(weight, mask_logits, out_dim) and not hard:
         result = autograd.NeuronOp.apply(*mask, scale, transposed)
     else:
-        in_kernel = execution == "in_kernel"
+        in_kernel = _runs_in_kernel(execution, weight, mask_logits, hard)
+        kept = None if in_kernel else kept
         result = autograd.MaskedOp.apply(*mask, hard, scale, transposed, in_kernel, kept, accumulate)
     return result if return_l0 else result[0]
 
@@ -213,7 +215,8 @@ def masked_conv(
 ) -> Any:
     """The convolution of ``x`` with ``W * m``, 1-d or 2-d by the rank of ``weight``; see ``reference.masked_conv``.
 
-    Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else. Grouped and depthwise convolutions have
+    Saves ``x``, ``weight`` and ``mask_logits`` for backward, nothing else, and with one logit per filter the unscaled
+    output. Grouped and depthwise convolutions have
     small weights and little arithmetic per weight: they run ``"per_forward"`` whatever ``execution`` says.
 
     Args:
@@ -236,7 +239,8 @@ def masked_conv(
     stride, dilation = reference.as_tuple(stride, dims), reference.as_tuple(dilation, dims)
     x = x if batched else x.unsqueeze(0)
     x, pad = reference.pad_input(x, weight.shape[2:], stride, padding, dilation, padding_mode)
-    in_kernel = execution == "in_kernel" and groups == 1
+    in_kernel = _runs_in_kernel(execution, weight, mask_logits, hard) and groups == 1
+    kept = None if in_kernel else kept
     is_1d = in_kernel and dims == 1
     if is_1d:  # the kernels are 2-d: a height of 1
         x, weight, mask_logits = x.unsqueeze(2), weight.unsqueeze(2), mask_logits.unsqueeze(2)
@@ -255,6 +259,11 @@ def masked_conv(
 def is_neuron_mask(weight: Tensor, mask_logits: Tensor, out_dim: int) -> bool:
     """Whether there is one logit per output unit, dimension ``out_dim`` of the weight."""
     return mask_logits.shape != weight.shape and mask_logits.shape[out_dim] == weight.shape[out_dim]
+
+
+def _runs_in_kernel(execution: str, weight: Tensor, mask_logits: Tensor, hard: bool) -> bool:
+    """Whether the kernels with the mask inside can run: those of the logits' gradient know one logit per weight."""
+    return execution == "in_kernel" and (hard or mask_logits.shape == weight.shape)
 
 
 def _check_execution(execution: str) -> None:

@@ -56,6 +56,12 @@ class MaskedConv1D(MaskedLinear):
 
 
 class _MaskedConv(MaskedLayer):
+    groups: int
+
+    def resolve_execution(self, x: Tensor) -> str:
+        # Grouped convolutions have no kernel with the mask inside; "reference" is none of this method's answers.
+        return "per_forward" if self.groups > 1 else super().resolve_execution(x)
+
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     stride: tuple[int, ...]
 

@@ -201,7 +201,7 @@ class MaskedLayer(nn.Module):
         if self.ops is reference:
             return result
         out, l0 = result
-        if self._records_l0 and self._recorded_l0 is None:
+        if self._records_l0 and self._recorded_l0 is None and l0 is not None:
             self._recorded_l0 = l0 if bias_l0 is None else l0 + bias_l0
         return out
 
@@ -286,6 +286,11 @@ class MaskedLayer(nn.Module):
         self.clear_ablation_cache()
         self.masked_weight.drop()
         return super()._apply(move, recurse)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.masked_weight = MaskedWeight(self.masked_weight.keep)  # one for each device and thread
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The masked class of a user's subclass is made at run time: rebuild it from the class that it masks.

@@ -17,26 +17,28 @@ from ._ops import ops
 
 KEEP_MODES = ("training", "always", "never")
 
-# Counts optimizer steps of the process. Some optimizers write to ``param.data``, which leaves the version counter of
-# the parameter as it was; a masked weight that is older than a step is therefore never used.
+# Optimizer steps of the process, and the parameters that an optimizer has stepped. Some optimizers write to
+# ``param.data``, which leaves the version counter of the parameter as it was: what is older than a step is not used.
 _optimizer_steps = 0
+_stepped: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
 
-def _count_step(*_: Any) -> None:
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     global _optimizer_steps
     _optimizer_steps += 1
+    _stepped.update((id(p), p) for group in optimizer.param_groups for p in group["params"])
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(_note_step)
 
 
 class MaskedWeight:
     """Keeps ``(W * m, l0)`` of one layer until an argument changes.
 
-    Changes are seen by the tensors' version counters, which every in-place operation of PyTorch moves, and by the
-    optimizers' steps. Writing to ``mask_logits.data`` moves no counter. So a soft masked weight is used in another
-    forward only while gradients accumulate, that is while ``mask_logits.grad`` is there and nothing but backward has
-    changed it; a hard one, used in evaluation, only where ``keep`` is ``"always"``.
+    Changes are seen by the tensors' identity, by their version counters, which every in-place operation of PyTorch
+    moves, and by the optimizers' steps. Writing to ``mask_logits.data`` moves no counter, and hand-written loops do
+    so. A soft masked weight therefore serves another forward only once a ``torch.optim`` optimizer has stepped its
+    logits, and never across a step; a hard one, used in evaluation, only where ``keep`` is ``"always"``.
 
     Attributes:
         keep: ``"training"``, ``"always"``, or ``"never"``, which saves the memory of the masked weight.
@@ -48,10 +50,8 @@ class MaskedWeight:
 
     def drop(self) -> None:
         """Free the memory of what is kept."""
-        self._key: tuple[Any, ...] | None = None
-        self._value: tuple[Tensor, ...] | None = None
-        self._grad: Any = lambda: None
-        self._grad_version = self._backwards = 0
+        # (key, tensors of the key, value) in one: threads that share a layer see all of it or nothing.
+        self._kept: tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def get(
         self,
@@ -71,7 +71,7 @@ class MaskedWeight:
         if self.keep == "never" or (hard and self.keep != "always"):
             return make()  # type: ignore[return-value]
         in_backward = torch._C._current_graph_task_id() != -1  # backward itself, or a checkpointed forward within it
-        if not (hard or in_backward or self._accumulates(mask_logits.grad if mask_logits.is_leaf else None)):
+        if not (hard or in_backward or _stepped.get(id(mask_logits)) is mask_logits):
             self.drop()
         masked_weight, l0 = self._keep(tensors, options, make)
         # l0 becomes an output of autograd, which would make the kept tensor part of that graph.
@@ -81,19 +81,6 @@ class MaskedWeight:
         """``ops.pack_mask``'s bits, kept ones if they are still right."""
         return self._keep((mask_logits,), ("bits",), lambda: (ops.pack_mask(mask_logits.detach()),))[0]
 
-    def note_backward(self) -> None:
-        """Backward has come by: it is about to change the logits' gradient once."""
-        self._backwards += 1
-
-    def _accumulates(self, grad: Tensor | None) -> bool:
-        """Whether the gradient is one that only backward has changed since the last forward."""
-        known, version, backwards = self._grad() is grad, self._grad_version, self._backwards
-        if grad is None:
-            return False
-        self._grad, self._grad_version, self._backwards = weakref.ref(grad), grad._version, 0
-        # One that is new was put there by backward and not touched since, or its version would not be 0.
-        return grad._version == (version + backwards if known else 0) and backwards > 0
-
     def _keep(
         self, tensors: tuple[Tensor, ...], options: tuple[Any, ...], make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
@@ -101,13 +88,17 @@ class MaskedWeight:
         if not _is_tracked(*tensors):
             return make()
         key = (*(_state(t) for t in tensors), *options, _optimizer_steps)
-        if self._key != key or self._value is None:
-            self._value = None  # before the new one is made: never two at a time
-            # It outlives this call: made under inference_mode, it could not be used in a later one with gradients.
-            with torch.inference_mode(False):
-                self._value = make()
-            self._key = key
-        return self._value
+        kept = self._kept
+        if kept is not None and kept[0] == key:
+            return kept[2]
+        kept = None
+        self.drop()  # before the new one is made: never two at a time
+        # It outlives this call: made under inference_mode, it could not be used in a later one with gradients.
+        with torch.inference_mode(False):
+            value = make()
+        # The aliases hold the memory, so that no other tensor can come to lie at an address of the key.
+        self._kept = (key, tuple(t.detach() for t in tensors), value)
+        return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedWeight:
         return MaskedWeight(self.keep)
