@@ -142,10 +142,10 @@ class CircuitModel(nn.Module):
         mode = mode if train_bool is None else train_bool
         if not isinstance(mode, bool):
             raise ValueError(f"training mode must be True or False, got {mode!r}")
-        self.training = mode
+        changes, self.training = self.training != mode, mode
         self.wrapped_model.train(mode and not self.circuit_config.freeze_base)
         for layer in self.masked_layers.values():
-            if layer.training != mode and layer.masked_weight.keep != "always":
+            if changes and layer.masked_weight.keep != "always":
                 layer.masked_weight.drop()  # soft masks are of no use in evaluation, nor hard ones in training
             layer.training = mode
         return self

@@ -94,7 +94,7 @@ class MaskedWeight:
         kept = None
         self.drop()  # before the new one is made: never two at a time
         # It outlives this call: made under inference_mode, it could not be used in a later one with gradients.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             value = make()
         # The aliases hold the memory, so that no other tensor can come to lie at an address of the key.
         self._kept = (key, tuple(t.detach() for t in tensors), value)
