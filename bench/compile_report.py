@@ -88,12 +88,18 @@ HEADER = ["target", "case", "kernel", "registers", "spills", "shared/limit", "ma
 
 
 def targets() -> dict[str, Target]:
-    """The six architectures, and every device with a file of configs, which names its architecture as ``family``."""
+    """The six architectures, and every device with a file of configs, which names its architecture as ``family``.
+
+    A device of another architecture, or of none that its file names, is left out with a warning.
+    """
     found = dict(TARGETS)
     for path in sorted(launches.CONFIG_DIRECTORY.glob("*.json")):
         if path.stem not in found:
-            family = json.loads(path.read_text())["family"]
-            found[path.stem] = dataclasses.replace(TARGETS[family], name=path.stem)
+            family = json.loads(path.read_text()).get("family")
+            if family in TARGETS:
+                found[path.stem] = dataclasses.replace(TARGETS[family], name=path.stem)
+            else:
+                warnings.warn(f"{path.name}: nothing is compiled for the family {family}", stacklevel=2)
     return found
 
 

@@ -315,7 +315,8 @@ def _enter(table: dict[str, list[dict[str, Any]]], best: Best) -> None:
 
 def write_table(path: Path, table: dict[str, list[dict[str, Any]]], target: Target) -> None:
     """Write a table in the form that ``launch.config_table`` reads."""
-    content = {"source": f"measured on {target.name}, {version()}", "configs": table}
+    about = {"source": f"measured on {target.name}, {version()}", "family": target.family}
+    content = {**about, "configs": table}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 

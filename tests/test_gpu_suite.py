@@ -22,6 +22,7 @@ BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
 import compile_ahead  # noqa: E402 - bench holds scripts, not a package
+import compile_report  # noqa: E402
 import compile_worker  # noqa: E402
 import gpu_checks  # noqa: E402
 import gpu_results  # noqa: E402
@@ -400,6 +401,20 @@ def test_tune_writes_a_table_that_the_kernels_read(config_directory):
         assert launch.get_config(best.op, INTERPRETER, best.m, type(best.config)(num_warps=16)) == best.config
     # What was there and was not measured is still there.
     assert launch.get_config("logits_grad", INTERPRETER, 1, ElementwiseConfig()) == ElementwiseConfig(256, 4)
+
+
+def test_what_is_compiled_offline_has_the_devices_that_tune_wrote_tables_for(config_directory):
+    device = launch.Target("cuda", "90", "NVIDIA H200", 132)
+    rows = {"materialize": [{"m": 64, "block": 512, "num_warps": 4}]}
+    tune.write_table(config_directory / "NVIDIA_H200.json", rows, device)
+    tune.write_table(config_directory / "interpreter.json", {}, INTERPRETER)
+    (config_directory / "by_hand.json").write_text(json.dumps({"source": "", "configs": {}}))
+    with pytest.warns(UserWarning, match="nothing is compiled for the family") as warned:
+        found = compile_report.targets()
+    assert len(warned) == 2
+    assert set(found) == {*compile_report.TARGETS, "NVIDIA_H200"}
+    assert found["NVIDIA_H200"].family == "sm_90"
+    assert launch.config_path(found["NVIDIA_H200"]) == config_directory / "NVIDIA_H200.json"
 
 
 def test_tune_discards_what_fails_or_is_wrong():
