@@ -70,7 +70,8 @@ def planned(target: Target) -> Iterator[Launch]:
         for dtype in gpu_checks.dtypes():
             with contextlib.suppress(Exception):
                 for check in cases(op, dtype, context):
-                    with contextlib.suppress(Exception):
+                    # As the checks run: how fp32 operands are multiplied is part of a kernel.
+                    with contextlib.suppress(Exception), gpu_checks.full_precision():
                         yield from launches_of(lambda c=check: c.kernel(**c.inputs))
     for _, make in tune.problems(tune.OPS, META, target, toy=False):
         with contextlib.suppress(Exception):

@@ -109,17 +109,16 @@ def _bits(tensor: Tensor) -> Tensor:
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32, and 16-bit ones summed in fp32, so that the reference is as good as its dtype."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    saved = (
-        matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
-    )  # fmt: skip
+    # The old names (allow_tf32) raise where the new ones were set differently before.
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    precision = (matmul.fp32_precision, conv.fp32_precision)
+    reduced = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction)
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        matmul.fp32_precision = conv.fp32_precision = "ieee"
         matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, *reduced = saved
+        matmul.fp32_precision, conv.fp32_precision = precision
         matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = reduced
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def elementwise_calls(
     def launcher(op: str, *arguments: Any) -> Callable[[], Callable[[], Any]]:
         def make() -> Callable[[], Any]:
             launch = triton_kernel(op)
-            return lambda: launch(*arguments)
+            return functools.partial(launch, *arguments)
 
         return make
 

@@ -21,6 +21,7 @@ def summary(results: Results) -> str:
         detail += [stage["reason"]] if "reason" in stage else []
         lines.append(f"{name}: {stage['status']} in {stage.get('seconds', 0):.0f} s {', '.join(detail)}".rstrip())
     lines += _copy(results) + _correctness(results) + _elementwise(results) + _ratios(results) + _memory(results)
+    lines += _search(results)
     failures = [f for stage in results.stages.values() for f in stage["failures"]]
     lines += [f"FAILED {f['what']}: {f['error'][:160]}" for f in failures[:MAX_FAILURES]]
     if len(failures) > MAX_FAILURES:
@@ -45,6 +46,12 @@ def _correctness(results: Results) -> list[str]:
     wrong = [f"{op} {tally['failed']} of {tally['checks']}" for op, tally in checked.items() if tally["failed"]]
     total = sum(tally["checks"] for tally in checked.values())
     return [f"{total} checks of {len(checked)} ops, wrong: {', '.join(wrong) or 'none'}"] if checked else []
+
+
+def _search(results: Results) -> list[str]:
+    tallies = results.stages.get("search", {}).get("candidates", {}).values()
+    counts = ", ".join(f"{sum(tally[kind] for tally in tallies)} {kind}" for kind in ("timed", "wrong", "failed"))
+    return [f"candidates of the search: {counts}"] if tallies else []
 
 
 def _elementwise(results: Results) -> list[str]:

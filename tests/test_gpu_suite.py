@@ -435,6 +435,42 @@ def test_tune_discards_what_fails_or_is_wrong():
     assert found.tallies == {"op M=64": {"wrong": 1, "failed": 1, "timed": 2}}
 
 
+@pytest.mark.parametrize("fault", ["wrong l0", "raises"])
+def test_a_config_in_use_that_is_wrong_is_a_failure(fault):
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        config = launch.get_config("op", INTERPRETER, 64, ElementwiseConfig(32, 4))
+        bad = config.block == 32
+        if bad and fault == "raises":
+            raise RuntimeError("out of registers")
+        return torch.ones(64), torch.tensor(3.0 if bad else 2.0)
+
+    found = tune.Found()
+    problem = tune.Problem("op", 64, [ElementwiseConfig(64, 4)], call, lambda: (torch.ones(64), torch.tensor(2.0)))
+    if fault == "raises":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, "config_in_use", lambda op, call: ElementwiseConfig(32, 4))
+            best = tune.solve(problem, gpu_timing.Clock(CPU), 0.0, found)
+    else:
+        best = tune.solve(problem, gpu_timing.Clock(CPU), 0.0, found)
+    assert best.config.block == 64
+    ((what, failure),) = found.failures
+    assert "op M=64" in what
+    assert "out of registers" in failure.message or "the config in use gives wrong numbers" in failure.message
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_full_precision_works_beside_the_newer_settings_and_restores_them(setting):
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = (matmul.fp32_precision, conv.fp32_precision)
+    try:
+        matmul.fp32_precision = conv.fp32_precision = setting
+        with gpu_checks.full_precision():
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+        assert (matmul.fp32_precision, conv.fp32_precision) == (setting, setting)
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before
+
+
 def test_tune_keeps_what_is_done_when_it_is_stopped_or_out_of_time(config_directory):
     file = config_directory / "interpreter.json"
 
