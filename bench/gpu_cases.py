@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -105,12 +106,32 @@ def linear_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Chec
         yield _linear(op, "T = 200", odd, dtype, context, temperature=200.0)
         if dtype != torch.float32:
             yield _linear(op, "fp32 weight", even, dtype, context, weight_dtype=torch.float32)
+    yield from _many_tiles(op, dtype, context)
     for form, config in gemm_forms(op, context):
         yield _linear(op, f"{form} odd", odd, dtype, context, config=config)
         yield _linear(op, f"{form} ragged", ragged, dtype, context, config=config)
     if dtype != torch.float16:  # its configs are bf16's
         for m in shipped_rows(op.removesuffix("_").replace("bitmask", "masked"), context):
             yield _linear(op, f"shipped M={m}", (m, *even[1:]), dtype, context)
+
+
+def _many_tiles(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]:
+    """Persistent programs, each with more than two tiles of the output, those at its edges overhanging."""
+    configs: dict[str, GemmConfig | None] = {
+        form: config for form, config in gemm_forms(op, context) if config.persistent
+    }
+    if configs and not context.toy:
+        configs["found"] = None  # the table's, whose tiles have 256 x 128 entries at most
+    # Two programs of four warps share a multiprocessor: more than 4 tiles for each of these.
+    across = math.isqrt(4 * target_of(torch.empty(0, device=context.device)).multiprocessors) + 1
+    for form, config in configs.items():
+        side, step = (192, 64) if config is None else (config.block_n, config.block_k)
+        longest, total = across * side + 8, 2 * step + 8
+        sizes = {"masked_linear": (longest, longest, total), "masked_linear_dx": (longest, total, longest)}
+        size = sizes.get(op, (total, longest, longest))
+        for transposed in (False, True):
+            layout = " transposed" if transposed else ""
+            yield _linear(op, f"{form} many tiles{layout}", size, dtype, context, transposed=transposed, config=config)
 
 
 def _linear(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_checks import full_precision
 from gpu_inputs import WEIGHTS, named, random_logits, shapes
 from gpu_results import Context
 from gpu_timing import Failure, Timing, peak_bytes
@@ -22,6 +23,8 @@ from csmask._ops import ops
 MICRO_BATCHES = 8
 # Memory is that of steps of two micro-batches, in which kept weights, gradients and new gradients meet.
 MEMORY_TOKENS = 128
+# ||got - right|| / ||right|| by bytes of the dtype: several times what rounding in it leaves, far below any mistake's.
+LARGEST_ERROR = {2: 2e-2, 4: 1e-3}
 
 
 class KeptForStep:
@@ -59,14 +62,15 @@ class Provider:
         self.optimizer = torch.optim.AdamW([parameter], lr=1e-6, fused=on_gpu, capturable=on_gpu)
         self.dl0 = torch.full((), 1e-8, device=parameter.device)
 
-    def micro_batch(self, x: Tensor, dout: Tensor) -> None:
-        """Forward and backward, with a gradient for the input, as a layer within a model has."""
+    def micro_batch(self, x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Forward and backward, with a gradient for the input, as a layer within a model has; out and that gradient."""
         x = x.detach().requires_grad_()
         out, l0 = self.forward(x)
         if l0 is None:
             out.backward(dout)
         else:
             torch.autograd.backward([out, l0], [dout, self.dl0])
+        return out.detach(), x.grad
 
     def step(self, x: Tensor, dout: Tensor, micro_batches: int, optimizer: bool = True) -> None:
         self.parameter.grad = None
@@ -156,7 +160,9 @@ def _train_shape(context: Context, layer: Layer, m: int, x: str, seconds: float)
     n, k = layer.weight.shape
     inputs = torch.randn(m, k, device=context.device).to(context.dtype)
     dout = torch.randn(m, n, device=context.device).to(context.dtype)
-    built = _build(context, layer, x)
+    built = {
+        name: p for name, p in _build(context, layer, x).items() if _is_right(context, layer, name, p, inputs, dout)
+    }
     modes: dict[str, dict[str, Any]] = {"forward+backward": {"micro_batches": 1, "optimizer": False}}
     modes["step"] = {"micro_batches": 1}
     several = 2 if context.toy else MICRO_BATCHES
@@ -179,6 +185,60 @@ def _build(context: Context, layer: Layer, x: str) -> dict[str, Provider]:
         except Exception as error:  # noqa: BLE001, PERF203, recorded
             context.fail(f"{name} {x}", Failure.of(error))
     return built
+
+
+def _is_right(context: Context, layer: Layer, name: str, provider: Provider, inputs: Tensor, dout: Tensor) -> bool:
+    """Whether the provider computes what it is timed for; if not, a failure is recorded.
+
+    Two micro-batches, in which gradients are written and added to, are compared with plain torch in fp32.
+    """
+    n, k = layer.weight.shape
+    try:
+        provider.parameter.grad = None
+        provider.start()
+        provider.micro_batch(inputs, dout)
+        out, dx = provider.micro_batch(inputs, dout)
+        got = {"out": out, "dx": dx, "gradient": provider.parameter.grad}
+        wrong = _errors_over(got, _expected(layer, name, provider, inputs, dout), context.dtype)
+        if wrong:
+            raise AssertionError(f"wrong numbers: {', '.join(wrong)}")
+    except Exception as error:  # noqa: BLE001, recorded
+        context.fail(f"{name} {named(n, k, len(inputs))}", Failure.of(error))
+        return False
+    finally:
+        provider.parameter.grad = None
+        provider.start()
+    return True
+
+
+def _expected(layer: Layer, name: str, provider: Provider, inputs: Tensor, dout: Tensor) -> dict[str, Tensor | None]:
+    """Out, and the gradients of x and, after two micro-batches, of the parameter."""
+    x = inputs.float().requires_grad_()
+    parameter = provider.parameter.detach().float().requires_grad_()
+    with full_precision():
+        if name == "dense":
+            out = F.linear(x, parameter)
+            out.backward(dout.float())
+        else:
+            weight = layer.weight.float()
+            out, l0 = plain_masked_linear(x, weight, parameter.expand_as(weight), layer.temperature)
+            torch.autograd.backward([out, l0], [dout.float(), provider.dl0])
+    assert parameter.grad is not None
+    return {"out": out.detach(), "dx": x.grad, "gradient": 2 * parameter.grad}
+
+
+def _errors_over(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], dtype: torch.dtype) -> list[str]:
+    """The results that are not near what is expected, with their relative errors."""
+    limit = LARGEST_ERROR[dtype.itemsize]
+    wrong = []
+    for name, right in expected.items():
+        found = got[name]
+        assert found is not None
+        assert right is not None
+        error = float((found.float() - right).norm() / right.norm())
+        if not error <= limit:  # NaN neither
+            wrong.append(f"{name} {error:.2g} > {limit}")
+    return wrong
 
 
 def _add_ratios(context: Context, mode: str, x: str, times: dict[str, Timing]) -> None:

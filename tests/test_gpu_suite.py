@@ -29,6 +29,7 @@ import gpu_results  # noqa: E402
 import gpu_runner  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_timing  # noqa: E402
+import gpu_training  # noqa: E402
 import tune  # noqa: E402
 
 STAGES = ["ceilings", "correctness", "elementwise", "training", "memory", "search", "transformers"]
@@ -311,6 +312,24 @@ def test_workers_compile_each_kernel_once_for_a_gpu_that_is_not_there(tmp_path, 
     launches = [launch.Launch(materialize._materialize_kernel, (1,), {}, {"i": i % 7}) for i in range(21)]
     parts = [list(compile_worker.share_of(iter(launches), p, 3, lambda launched: launched.constants)) for p in range(3)]
     assert sorted(launched.constants["i"] for part in parts for launched in part) == list(range(7))
+
+
+@pytest.mark.parametrize("fault", ["none", "dx", "NaN"])
+def test_a_provider_is_timed_only_if_its_numbers_are_right(tmp_path, fault):
+    context = a_context(tmp_path)
+    layer = gpu_training.Layer(context, 8, 16)
+    provider = layer.providers()["eager"]()
+    forward = provider.forward
+
+    def broken(x):
+        out, l0 = forward(x)
+        return {"none": out, "dx": out - x[:, :8] + x[:, :8].detach(), "NaN": out * math.nan}[fault], l0
+
+    provider.forward = broken
+    right = gpu_training._is_right(context, layer, "eager", provider, torch.randn(4, 16), torch.randn(4, 8))
+    assert right == (fault == "none")
+    assert len(context.record["failures"]) == (fault != "none")
+    assert provider.parameter.grad is None
 
 
 # Clocks
