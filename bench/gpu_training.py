@@ -213,7 +213,7 @@ def _is_right(context: Context, layer: Layer, name: str, provider: Provider, inp
 
 def _expected(layer: Layer, name: str, provider: Provider, inputs: Tensor, dout: Tensor) -> dict[str, Tensor | None]:
     """Out, and the gradients of x and, after two micro-batches, of the parameter."""
-    x = inputs.float().requires_grad_()
+    x = inputs.detach().float().requires_grad_()
     parameter = provider.parameter.detach().float().requires_grad_()
     with full_precision():
         if name == "dense":
