@@ -41,7 +41,7 @@ from pathlib import Path
 import kernel_cases
 import torch
 import triton
-from compile_launch import SHARED_LIMIT, TARGETS, Compiled, compile_launch
+from compile_launch import SHARED_LIMIT, TARGETS, Compiled, compile_launch, signature
 from csmask_kernels import launch as launches
 from csmask_kernels.launch import Launch, Target
 
@@ -113,8 +113,14 @@ def accesses_of(launch: Launch, ir: str) -> list[torch.Tensor]:
             found.add((root.removeprefix("%"), op))
         elif result:
             roots[result] = root
-    tensors = {name: getattr(value, "base", value) for name, value in launch.arguments.items()}
-    return [tensors[name] for name, _ in sorted(found) if isinstance(tensors.get(name), torch.Tensor)]
+    tensors = _tensors(launch)
+    return [tensors[name] for name, _ in sorted(found) if name in tensors]
+
+
+def _tensors(launch: Launch) -> dict[str, torch.Tensor]:
+    """The launch's tensor arguments by name; of a tensor descriptor, the tensor that it describes."""
+    arguments = {name: getattr(value, "base", value) for name, value in launch.arguments.items()}
+    return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
 
 
 def _entries(tensor: torch.Tensor) -> int:
@@ -190,10 +196,22 @@ def report_case(target: str, index: int) -> Row:
 
 
 def report(names: Sequence[str], pattern: str = "", workers: int | None = None) -> Iterator[Row]:
-    """Rows of all cases of these targets whose name matches, compiled by one process per core."""
+    """Rows of all cases of these targets whose name matches, by one process per core; what is equal compiles once."""
     jobs = [(n, i) for n in names for i, (case, _) in enumerate(_cases(n)) if re.search(pattern, case)]
+    first: dict[str, tuple[str, int]] = {}
+    same = [first.setdefault(_identity(*job), job) for job in jobs]
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        yield from pool.map(report_case, *zip(*jobs, strict=True), chunksize=4)
+        rows = dict(zip(first.values(), pool.map(report_case, *zip(*first.values(), strict=True)), strict=True))
+    for (target, index), other in zip(jobs, same, strict=True):
+        yield dataclasses.replace(rows[other], case=_cases(target)[index][0])
+
+
+def _identity(target: str, index: int) -> str:
+    """All that a row depends on but its name: the kernel, how it is specialised, and how large its tensors are."""
+    launch = _cases(target)[index][1]
+    arguments = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in _tensors(launch).values()]
+    specialised = signature(launch, targets()[target].backend)
+    return repr((target, launch.kernel.fn.__qualname__, launch.grid, specialised, launch.options(), arguments))
 
 
 def main() -> int:
