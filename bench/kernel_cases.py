@@ -134,9 +134,14 @@ def masked_linear_cases(target: Target) -> Iterator[Case]:
                 mask, bias = masked_linear.logits_mask(weight, logits, TEMPERATURE, False, 1.0), weight[0]
                 if op == "masked_linear_dx":
                     weight, mask, bias = weight.t(), mask.transposed(), None
-                config = masked_linear_config.choose_config(op, target, x, weight, mask)
-                launches, _ = masked_linear.plan(x, weight, mask, bias, x, bias is not None, target, config)
-                yield f"{op} m={row['m']} {dtype}", launches[0]
+                for layout in ("", " (K, N)"):
+                    if layout:  # a GPT-2 layer's weight lies the other way round
+                        weight = weight.t().contiguous().t() if weight.stride(1) == 1 else weight.contiguous()
+                        lying = mask.source.t().contiguous().t() if mask.strides[1] == 1 else mask.source.contiguous()
+                        mask = masked_linear.logits_mask(weight, lying, TEMPERATURE, False, 1.0)
+                    config = masked_linear_config.choose_config(op, target, x, weight, mask)
+                    launches, _ = masked_linear.plan(x, weight, mask, bias, x, bias is not None, target, config)
+                    yield f"{op} m={row['m']} {dtype}{layout}", launches[0]
     default = masked_linear_config.DEFAULT_CONFIG
     split = replace(default, split_k=4)
     x, weight, bits = empty(64, 4096), empty(4096, 4096), empty(4096 * 128, dtype=torch.int32)
@@ -161,6 +166,11 @@ def masked_linear_cases(target: Target) -> Iterator[Case]:
         yield f"masked_linear {name}", launches[0]
     for launch in masked_linear.plan(x, weight, soft, weight[0], x, True, target, split)[0]:
         yield f"masked_linear split {launch.kernel.fn.__name__}", launch
+    # Sizes of 1 become constants of the kernel: plain numbers without the methods of Triton's.
+    one, row = empty(1, 4096), empty(1, 4096)
+    single = masked_linear.logits_mask(row, row.float(), TEMPERATURE, False, 1.0)
+    for launch in masked_linear.plan(one, row, single, None, empty(1, 1), True, target, split)[0]:
+        yield f"masked_linear one {launch.kernel.fn.__name__}", launch
 
 
 def masked_linear_dlogits_cases(target: Target) -> Iterator[Case]:

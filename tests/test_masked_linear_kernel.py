@@ -365,3 +365,14 @@ def test_offsets_beyond_2_to_31(name):
     far = torch.from_numpy(np.empty(3 * stride + 6, dtype=np.float16)).as_strided((4, 6), (stride, 1))
     far.copy_(inputs[name])
     check(inputs | {name: far}, 1.0, config_of("pointer"))
+
+
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_a_bias_may_be_strided(split_k):
+    inputs = testing.linear_inputs((5,), 40, 8, torch.float32)
+    config = GemmConfig(block_m=16, block_n=16, block_k=16, split_k=split_k)
+    for bias in (testing.seeded_normal((8, 3), 9)[:, 1], testing.seeded_normal((1,), 9).expand(8)):
+        mask = (inputs["mask_logits"], torch.tensor(2.0))
+        got, _ = ml.masked_linear(inputs["x"], inputs["weight"], *mask, bias, False, 1.0, False, config)
+        want = reference.masked_linear(inputs["x"], inputs["weight"], *mask, bias)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -279,6 +279,11 @@ def get_config(op: str, target: Target, m: int, default: Any) -> Any:
     rows = config_table(target).get(op)
     if not rows:
         return default
-    nearest = min(rows, key=lambda row: abs(math.log2(max(row["m"], 1)) - math.log2(max(m, 1))))
+
+    def distance(row: dict[str, Any]) -> tuple[float, int]:
+        # Of two as near, the larger: its tiles have room for all rows, and make every mask once.
+        return abs(math.log2(max(row["m"], 1)) - math.log2(max(m, 1))), -row["m"]
+
+    nearest = min(rows, key=distance)
     fields = {field.name for field in dataclasses.fields(default)}
     return dataclasses.replace(default, **{name: value for name, value in nearest.items() if name in fields})

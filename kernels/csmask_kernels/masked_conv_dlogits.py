@@ -254,7 +254,9 @@ def plan(
     kernel_size = {"KERNEL_H": weight.shape[2], "KERNEL_W": weight.shape[3]}
     grid = (tiles * (block_m // REDUCED_ROWS),)
     constants = {**epilogue, **kernel_size, **blocks}
-    return [product, Launch(_masked_conv_reduce_kernel, grid, {**shared, "splits": splits}, constants, 4)]
+    # 128 threads, so that each has 16 bytes of partial sums to load; AMD's warps have 64.
+    warps = 2 if target.backend == "hip" else 4
+    return [product, Launch(_masked_conv_reduce_kernel, grid, {**shared, "splits": splits}, constants, warps)]
 
 
 def _split_rows(pixels: int, tiles: int, block_k: int, most: int, target: Target) -> int:

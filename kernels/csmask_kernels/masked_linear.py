@@ -126,7 +126,7 @@ def _masked_linear_reduce_kernel(
     inside = offs < numel
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in tl.static_range(SPLIT_K):
-        total += tl.load(partial_ptr + split * numel.to(tl.int64) + offs, mask=inside, other=0.0)
+        total += tl.load(partial_ptr + split * tl.cast(numel, tl.int64) + offs, mask=inside, other=0.0)
     if HAS_BIAS:
         total += tl.load(bias_ptr + offs % N, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -244,6 +244,7 @@ def _multiply(
     """``x[M, K] (weight * mask)[N, K]^T + bias`` in x's dtype, and the mask's sum where ``count``."""
     check_supported(x=x, weight=weight, mask_logits=mask.logits, bias=bias)
     target = target_of(x)
+    bias = None if bias is None else bias.contiguous()  # the kernels know no stride of it
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     config = config or choose_config(op, target, x, weight, mask)
     launches, l0 = plan(x, weight, mask, bias, out, count, target, config)

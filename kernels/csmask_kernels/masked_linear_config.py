@@ -75,17 +75,26 @@ def choose_config(op: str, target: Target, x: Tensor, weight: Tensor, mask: Mask
             return config
         # With less than a tile for each multiprocessor there is nothing to overlap a tile's end with, but K to split.
         config = replace(config, persistent=False, split_k=0)
-    operands = ((x.shape, x.stride()), (weight.shape, weight.stride()), (weight.shape, mask.strides))
-    if not all(_is_loaded_whole(shape, strides) for shape, strides in operands):
+    operands = (
+        (x, x.shape, x.stride()),
+        (weight, weight.shape, weight.stride()),
+        (mask.source, weight.shape, mask.strides),
+    )
+    if not all(_is_loaded_whole(*operand) for operand in operands):
         # Rows that are loaded element by element take an address each: larger tiles spill registers.
+        return fit_dtypes(DEFAULT_CONFIG, x, weight)
+    if x.dtype == torch.float32 and (config.swap or weight.stride(1) != 1):
+        # As compiled: two fp32 operands, of which one is transposed on the way, spill on larger tiles.
         return fit_dtypes(DEFAULT_CONFIG, x, weight)
     if n % 16:  # so do the rows of out, once
         config = _at_most_128(config)
     return config
 
 
-def _is_loaded_whole(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def _is_loaded_whole(tensor: Tensor, shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether Triton, which tells multiples of 16 elements from others, loads 16 bytes at once along a dimension."""
+    if not tensor.is_meta and tensor.data_ptr() % 16:
+        return False
     return any(strides[d] == 1 and shape[d] % 16 == 0 and strides[1 - d] % 16 == 0 and strides[1 - d] for d in (0, 1))
 
 

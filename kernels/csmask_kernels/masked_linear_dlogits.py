@@ -215,8 +215,8 @@ def _plan_persistent(
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Whether the rows are contiguous and each begins at whole 16 bytes."""
-    whole = tensor.stride(0) * tensor.element_size() % 16 == 0
+    """Whether the rows are contiguous, none is another's (as in an expanded gradient), and each begins at 16 bytes."""
+    whole = tensor.stride(0) > 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
     return tensor.stride(1) == 1 and whole and (tensor.is_meta or tensor.data_ptr() % 16 == 0)
 
 
