@@ -54,6 +54,7 @@ from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, 
 from .mask import load_temperature
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
+STRIDED_CONFIG = GemmConfig(block_m=64, block_n=32, block_k=32, num_warps=4, num_stages=3)
 
 
 @triton.jit
@@ -258,7 +259,10 @@ def plan(
     batch, channels, height, width = x.shape
     out_channels, out_height, out_width = out.shape[1:]
     rows = batch * out_height * out_width
-    config = config or get_config("masked_conv", target, rows, DEFAULT_CONFIG)
+    if config is None:
+        # Strided pixels take an address each: larger tiles spill registers, as compiled with Triton 3.6 and 3.9.
+        is_strided = max(stride) > 1
+        config = STRIDED_CONFIG if is_strided else get_config("masked_conv", target, rows, DEFAULT_CONFIG)
     pixels_inner = x.stride(1) != 1
     flat = channels < 16 or (pixels_inner and _is_flat(weight) and _is_flat(mask_logits))
     constants: dict[str, Any] = {
