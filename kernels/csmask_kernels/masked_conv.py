@@ -261,7 +261,7 @@ def plan(
     rows = batch * out_height * out_width
     if config is None:
         # Strided pixels take an address each: larger tiles spill registers, as compiled with Triton 3.6 and 3.9.
-        is_strided = max(stride) > 1
+        is_strided = max(stride) > 1 and channels >= 16
         config = STRIDED_CONFIG if is_strided else get_config("masked_conv", target, rows, DEFAULT_CONFIG)
     pixels_inner = x.stride(1) != 1
     flat = channels < 16 or (pixels_inner and _is_flat(weight) and _is_flat(mask_logits))
