@@ -290,7 +290,7 @@ def chosen(target, x, weight, logits=None):
 @pytest.mark.parametrize("family", ["cuda 80", "cuda 90", "cuda 100", "cuda 120", "hip gfx942", "hip gfx950"])
 @pytest.mark.parametrize("m", [1, 16, 300, 8192])
 def test_the_table_s_config_is_fitted(m, family):
-    """fp32 operands halve the step of K, and few fp32 tokens take the default, whose registers do not spill.
+    """fp32 operands halve the step of K, and few fp32 tokens take a tile whose registers do not spill.
 
     Few tiles are split until they fill the multiprocessors, and not further.
     """
@@ -299,13 +299,13 @@ def test_the_table_s_config_is_fitted(m, family):
     x, weight = meta(m, 4096), meta(4096, 4096)
     narrow = chosen(target, x, weight)
     for wide in ((x.float(), weight), (x, weight.float()), (x.float(), weight.float())):
-        takes_default = narrow.swap and wide[0].dtype == torch.float32
-        if takes_default:
-            assert chosen(target, *wide) == configs.fit_dtypes(configs.DEFAULT_CONFIG, *wide)
+        is_small = narrow.block_m <= 64 and wide[0].dtype == torch.float32
+        if is_small:
+            assert chosen(target, *wide) == configs.fit_dtypes(configs.FP32_CONFIG, *wide)
         else:
             assert chosen(target, *wide).block_k == max(narrow.block_k // 2, 16)
     transposed = meta(4096, 4096, dtype=torch.float32).t()
-    assert chosen(target, x.float(), transposed) == configs.fit_dtypes(configs.DEFAULT_CONFIG, x.float(), transposed)
+    assert chosen(target, x.float(), transposed) == configs.fit_dtypes(configs.FP32_CONFIG, x.float(), transposed)
     filled = configs.fill(narrow, target, m, 4096, 4096)
     programs = -(-m // filled.block_m) * -(-4096 // filled.block_n) * filled.split_k
     assert filled.split_k == 1 or programs <= 132

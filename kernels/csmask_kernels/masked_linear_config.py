@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Compiled without spills for sm_80 to sm_120, gfx942 and gfx950. split_k = 0 is resolved by ``fill``.
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, split_k=0)
+FP32_CONFIG = replace(DEFAULT_CONFIG, block_n=32)
 
 _Form = dict[str, Any]
 _Tile = tuple[int, int, int, int, int, _Form]
@@ -83,9 +84,9 @@ def choose_config(op: str, target: Target, x: Tensor, weight: Tensor, mask: Mask
     if not all(_is_loaded_whole(*operand) for operand in operands):
         # Rows that are loaded element by element take an address each: larger tiles spill registers.
         return fit_dtypes(DEFAULT_CONFIG, x, weight)
-    if x.dtype == torch.float32 and (config.swap or weight.stride(1) != 1):
+    if x.dtype == torch.float32 and (config.block_m <= 64 or weight.stride(1) != 1):
         # As compiled: two fp32 operands, of which one is transposed on the way, spill on larger tiles.
-        return fit_dtypes(DEFAULT_CONFIG, x, weight)
+        return fit_dtypes(FP32_CONFIG, x, weight)
     if n % 16:  # so do the rows of out, once
         config = _at_most_128(config)
     return config
