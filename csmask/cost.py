@@ -39,11 +39,10 @@ CEILINGS = {
     "B200": Ceilings(6.8e12, 1.9e15, 6.8e13, 1.1e12),
     "A100": Ceilings(1.7e12, 2.6e14, 1.7e13, 6e11),
     "MI300X": Ceilings(4.5e12, 1.1e15, 1.4e14, 1.2e12),
-    # any other GPU: an A100's proportions
-    "cuda": Ceilings(1.7e12, 2.6e14, 1.7e13, 6e11),
     # CPUs have no in_kernel kernels in this version
     "cpu": Ceilings(4e10, 1e12, 5e11, 2e9, fused=False),
 }
+CEILINGS["cuda"] = CEILINGS["A100"]  # any other GPU
 
 
 @functools.cache

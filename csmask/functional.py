@@ -87,6 +87,8 @@ def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, features: int,
             f"bias must have shape ({units},) and be on {weight.device} to match weight {tuple(weight.shape)}, "
             f"got {tuple(bias.shape)} on {bias.device}"
         )
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias must have dtype {x.dtype} like x and weight, got {bias.dtype}")
 
 
 def _temperature_tensor(temperature: Tensor | float, mask_logits: Tensor) -> Tensor:

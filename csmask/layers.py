@@ -56,14 +56,13 @@ class MaskedConv1D(MaskedLinear):
 
 
 class _MaskedConv(MaskedLayer):
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    stride: tuple[int, ...]
     groups: int
 
     def resolve_execution(self, x: Tensor) -> str:
-        # Grouped convolutions have no kernel with the mask inside; "reference" is none of this method's answers.
+        # Grouped convolutions have no kernel with the mask inside.
         return "per_forward" if self.groups > 1 else super().resolve_execution(x)
-
-    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    stride: tuple[int, ...]
 
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
         return self.ops.masked_conv(

@@ -182,9 +182,13 @@ class MaskedLayer(nn.Module):
             "scale": self.mask_scale,
         }
         if self.ops is functional:
-            kept = None if torch.compiler.is_compiling() else self.masked_weight
+            # What is kept or added to outside the graph is none of a compiled graph's business.
+            eager = not torch.compiler.is_compiling()
             arguments.update(
-                execution=self.resolve_execution(x), kept=kept, accumulate=self.accumulate_in_kernel, return_l0=True
+                execution=self.resolve_execution(x),
+                kept=self.masked_weight if eager else None,
+                accumulate=self.accumulate_in_kernel and eager,
+                return_l0=True,
             )
         return arguments
 

@@ -541,6 +541,20 @@ def test_auto_never_picks_what_its_model_predicts_slower(name):
     assert picks == ({"per_forward", "in_kernel"} if ceilings.fused else {"per_forward"})
 
 
+def test_auto_by_hand():
+    """4096 x 4096 in bf16 on an H200: 101.6 against 86.0 us at 16 tokens, 110.7 against 136.3 at 256, by hand."""
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    h200, n = cost.CEILINGS["H200"], 4096**2
+    for rows, pick in ((16, "in_kernel"), (128, "in_kernel"), (256, "per_forward"), (8192, "per_forward")):
+        assert cost.choose(rows, weight, h200, trains=True) == pick
+    dense = (2 * n + 16 * 8192 * 2) / 4.3e12  # memory bound: the weight once, x and y
+    per_forward = 3 * dense + (8 + 12) * n / 4.3e12
+    assert cost.predict("per_forward", 16, 4096, 4096, 2, h200) == pytest.approx(per_forward)
+    operand = max((6 * n + 16 * 8192 * 2) / 4.3e12, 2 * 16 * n / 7.9e14 + n / 9e11)
+    epilogue = max((10 * n + 16 * 8192 * 2) / 4.3e12, 2 * 16 * n / 7.9e14 + n / 9e11)
+    assert cost.predict("in_kernel", 16, 4096, 4096, 2, h200) == pytest.approx(2 * operand + epilogue)
+
+
 def test_ceilings_by_device_name():
     assert cost.ceilings_of("cuda", "NVIDIA H200") is cost.CEILINGS["H200"]
     assert cost.ceilings_of("cuda", "NVIDIA A100-SXM4-80GB") is cost.CEILINGS["A100"]

@@ -333,6 +333,11 @@ BAD_LINEAR = {
     "bias-shape": ({"bias": torch.ones(4)}, ValueError, r"bias must have shape \(3,\).*got \(4,\)"),
     "bias-scalar": ({"bias": torch.ones(1)}, ValueError, r"bias must have shape \(3,\)"),
     "bias-meta": ({"bias": torch.ones(3, device="meta")}, ValueError, "bias must.*on cpu.*on meta"),
+    "bias-dtype": (
+        {"bias": torch.ones(3).double()},
+        TypeError,
+        "bias must have dtype.*got torch.float64",
+    ),
     "temperature-zero": ({"temperature": 0.0}, ValueError, "temperature must be a positive finite number.*got 0"),
     "temperature-negative": ({"temperature": -1}, ValueError, "temperature must be a positive finite.*got -1"),
     "temperature-nan": ({"temperature": math.nan}, ValueError, "temperature must be a positive finite.*got nan"),
