@@ -484,12 +484,19 @@ def test_execution_of_some_layers():
 def test_in_kernel_with_logits_of_other_units(op, weight, logits, x, hard, fixture, request):
     if fixture:
         request.getfixturevalue(fixture)
-    inputs = {"x": testing.seeded_normal(x, 0), "weight": testing.seeded_normal(weight, 1)}
-    inputs.update(mask_logits=testing.seeded_logits(logits, 2), bias=None)
-    got = testing.run(functional, op, inputs, 2.0, hard=hard, execution="in_kernel")
-    want = testing.run(reference, op, inputs, 2.0, hard=hard)
-    for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    """The weight is frozen: only then does backward run in the kernel."""
+    weight = testing.seeded_normal(weight, 1)
+
+    def results(ops, **options):
+        leaves = [
+            testing.seeded_normal(x, 0).requires_grad_(),
+            testing.seeded_logits(logits, 2).requires_grad_(not hard),
+        ]
+        out = getattr(ops, op)(leaves[0], weight, leaves[1], 2.0, hard=hard, **options)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves[: 1 if hard else 2])]
+
+    for got, want in zip(results(functional, execution="in_kernel"), results(reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_l0_of_frozen_logits_has_no_gradient():
