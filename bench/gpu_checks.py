@@ -16,6 +16,7 @@ from compile_ahead import compile_ahead
 from csmask_kernels.launch import is_interpreted
 from gpu_results import Context
 from gpu_timing import Failure
+from providers import full_precision as full_precision  # others ask here for what checks need
 from torch import Tensor
 
 from csmask import testing
@@ -104,22 +105,6 @@ def run_check(check: Check) -> float:
 def _bits(tensor: Tensor) -> Tensor:
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.view(integers[tensor.element_size()]) if tensor.is_floating_point() else tensor
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products in fp32, and 16-bit ones summed in fp32, so that the reference is as good as its dtype."""
-    # The old names (allow_tf32) raise where the new ones were set differently before.
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    precision = (matmul.fp32_precision, conv.fp32_precision)
-    reduced = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction)
-    try:
-        matmul.fp32_precision = conv.fp32_precision = "ieee"
-        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
-        yield
-    finally:
-        matmul.fp32_precision, conv.fp32_precision = precision
-        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = reduced
 
 
 def dtypes() -> tuple[torch.dtype, ...]:

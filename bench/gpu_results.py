@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.metadata
 import io
 import json
 import os
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from gpu_timing import Clock, Failure, Timing
 
 COLUMNS = (
@@ -52,7 +52,16 @@ def commit() -> str:
 
 def version() -> str:
     """Commit and releases that a figure belongs to."""
-    return f"commit {commit()}, torch {torch.__version__}, triton {triton.__version__}"
+    try:
+        triton = f"triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:  # a CPU needs none
+        triton = "no triton"
+    return f"commit {commit()}, torch {torch.__version__}, {triton}"
+
+
+def now() -> str:
+    """The time as rows give it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 class Results:
@@ -70,6 +79,7 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         self.stages: dict[str, dict[str, Any]] = {}
         self.about = about
+        self.moment: str | None = None  # the time of all rows, where they are to be known by it
         self._saved = 0.0
         if resume and self.json_path.is_file():
             found = json.loads(self.json_path.read_text())
@@ -94,7 +104,7 @@ class Results:
     ) -> None:
         """One row: ``value`` in ``unit``; percentiles are those of ``timing`` in ms, without one ``value`` itself."""
         spread = (value,) * 3 if timing is None else (timing.p20, timing.p50, timing.p80)
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        moment = self.moment or now()
         values = (kernel, provider, mode, metric, unit, x, value, *spread, config, self.gpu, moment, self.version)
         self.rows.append(dict(zip(COLUMNS, values, strict=True)))
         if time.monotonic() > self._saved + SAVE_EVERY:
@@ -173,9 +183,12 @@ class Context:
         calls: Mapping[str, Any],
         seconds: float,
         graph: bool = True,
-        config: str = "",
+        config: str | Mapping[str, str] = "",
     ) -> dict[str, Timing]:
-        """Time the providers' calls in turns and add a row for each; those that fail are recorded and left out."""
+        """Time the providers' calls in turns and add a row for each; those that fail are recorded and left out.
+
+        ``config`` is what the rows say beside the method: one text, or one by provider.
+        """
         times = {}
         seconds = 0.0 if self.toy else min(seconds, max(self.left(), 0.1))
         for provider, found in self.clock.measure(calls, seconds, graph).items():
@@ -183,6 +196,7 @@ class Context:
                 self.fail(f"{kernel} {provider} {mode} {x}", found)
                 continue
             times[provider] = found
-            how = ", ".join(filter(None, (config, found.method)))
+            said = config if isinstance(config, str) else config.get(provider, "")
+            how = ", ".join(filter(None, (said, found.method)))
             self.results.add(kernel, provider, mode, "time", "ms", x, found.p50, found, how)
         return times

@@ -1,4 +1,4 @@
-"""Clocks: how long calls take on a GPU (CUDA events around graph replays, cold L2) or, for rehearsals, on a CPU."""
+"""Clocks: how long calls take on a GPU (CUDA events around graph replays, cold L2) or a CPU."""
 
 from __future__ import annotations
 
@@ -51,18 +51,24 @@ class Failure:
 
 
 class Clock:
-    """Times calls on one device. Those of one measurement take turns, so that a drift of the clocks meets them all."""
+    """Times calls on one device. Those of one measurement take turns, so that a drift of the clocks meets them all.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: that the calls run on.
+        min_rounds, max_rounds: how often each call is timed at least and at most; at least 5 times on a GPU by default.
+    """
+
+    def __init__(self, device: torch.device, min_rounds: int | None = None, max_rounds: int = MAX_ROUNDS) -> None:
         self.device = device
         self.is_gpu = device.type == "cuda"
-        # Times of a CPU are looked at in rehearsals only.
-        self._min_rounds = MIN_ROUNDS if self.is_gpu else 1
+        # Of a CPU, one is enough for a rehearsal.
+        self._min_rounds = min_rounds or (MIN_ROUNDS if self.is_gpu else 1)
+        self._max_rounds = max(self._min_rounds, max_rounds)
         # Random, though only read: data decide about power, and power about clocks.
         self._flushed = torch.randn(FLUSH_BYTES // 4, device=device) if self.is_gpu else None
 
     def measure(self, calls: Mapping[str, Call], seconds: float, graph: bool = True) -> dict[str, Timing | Failure]:
-        """Time each call as often as ``seconds`` allow (5 to 60 times on a GPU); one that raises gives a Failure.
+        """Time each call as often as ``seconds`` and the rounds allow; one that raises gives a Failure.
 
         Args:
             calls: by name; each leaves nothing behind that the next one needs.
@@ -79,7 +85,7 @@ class Clock:
                 found[name] = self._failure(error)
         samples: dict[str, list[float]] = {name: [] for name in runs}
         end = time.perf_counter() + seconds
-        for done in range(MAX_ROUNDS):
+        for done in range(self._max_rounds):
             for name, (run, _) in list(runs.items()):
                 try:
                     samples[name].append(self.once(run))

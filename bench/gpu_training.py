@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_checks import full_precision
 from gpu_inputs import WEIGHTS, named, random_logits, shapes
 from gpu_results import Context
 from gpu_timing import Failure, Timing, peak_bytes
+from providers import Provider, oracle, plain_masked_linear, saved_bytes, wrong_results
 from torch import Tensor
 
 from csmask import functional
@@ -23,8 +23,6 @@ from csmask._ops import ops
 MICRO_BATCHES = 8
 # Memory is that of steps of two micro-batches, in which kept weights, gradients and new gradients meet.
 MEMORY_TOKENS = 128
-# ||got - right|| / ||right|| by bytes of the dtype: several times what rounding in it leaves, far below any mistake's.
-LARGEST_ERROR = {2: 2e-2, 4: 1e-3}
 
 
 class KeptForStep:
@@ -46,45 +44,6 @@ class KeptForStep:
 
     def note_backward(self) -> None:
         """Part of ``MaskedWeight``'s interface; a step is the same however many times backward comes by."""
-
-
-class Provider:
-    """One way to train a layer: ``forward(x) -> (out, l0 or None)`` and what an optimizer is to change."""
-
-    def __init__(
-        self,
-        parameter: torch.nn.Parameter,
-        forward: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-        start: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.parameter, self.forward, self.start = parameter, forward, start
-        on_gpu = parameter.is_cuda
-        self.optimizer = torch.optim.AdamW([parameter], lr=1e-6, fused=on_gpu, capturable=on_gpu)
-        self.dl0 = torch.full((), 1e-8, device=parameter.device)
-
-    def micro_batch(self, x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Forward and backward, with a gradient for the input, as a layer within a model has; out and that gradient."""
-        x = x.detach().requires_grad_()
-        out, l0 = self.forward(x)
-        if l0 is None:
-            out.backward(dout)
-        else:
-            torch.autograd.backward([out, l0], [dout, self.dl0])
-        return out.detach(), x.grad
-
-    def step(self, x: Tensor, dout: Tensor, micro_batches: int, optimizer: bool = True) -> None:
-        self.parameter.grad = None
-        self.start()
-        for _ in range(micro_batches):
-            self.micro_batch(x, dout)
-        if optimizer:
-            self.optimizer.step()
-
-
-def plain_masked_linear(x: Tensor, weight: Tensor, logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """What a user writes without csmask."""
-    out = F.linear(x, weight * torch.sigmoid(temperature * logits).to(weight.dtype))
-    return out, torch.sigmoid(temperature * logits).sum()
 
 
 class Layer:
@@ -192,53 +151,16 @@ def _is_right(context: Context, layer: Layer, name: str, provider: Provider, inp
 
     Two micro-batches, in which gradients are written and added to, are compared with plain torch in fp32.
     """
-    n, k = layer.weight.shape
+    x, weight = named(*layer.weight.shape, len(inputs)), None if name == "dense" else layer.weight
     try:
-        provider.parameter.grad = None
-        provider.start()
-        provider.micro_batch(inputs, dout)
-        out, dx = provider.micro_batch(inputs, dout)
-        got = {"out": out, "dx": dx, "gradient": provider.parameter.grad}
-        wrong = _errors_over(got, _expected(layer, name, provider, inputs, dout), context.dtype)
+        expected = oracle(provider.parameter, weight, layer.temperature, inputs, dout, float(provider.dl0))
+        wrong = wrong_results(provider, expected, inputs, dout, context.dtype)
         if wrong:
             raise AssertionError(f"wrong numbers: {', '.join(wrong)}")
     except Exception as error:  # noqa: BLE001, recorded
-        context.fail(f"{name} {named(n, k, len(inputs))}", Failure.of(error))
+        context.fail(f"{name} {x}", Failure.of(error))
         return False
-    finally:
-        provider.parameter.grad = None
-        provider.start()
     return True
-
-
-def _expected(layer: Layer, name: str, provider: Provider, inputs: Tensor, dout: Tensor) -> dict[str, Tensor | None]:
-    """Out, and the gradients of x and, after two micro-batches, of the parameter."""
-    x = inputs.detach().float().requires_grad_()
-    parameter = provider.parameter.detach().float().requires_grad_()
-    with full_precision():
-        if name == "dense":
-            out = F.linear(x, parameter)
-            out.backward(dout.float())
-        else:
-            weight = layer.weight.float()
-            out, l0 = plain_masked_linear(x, weight, parameter.expand_as(weight), layer.temperature)
-            torch.autograd.backward([out, l0], [dout.float(), provider.dl0])
-    assert parameter.grad is not None
-    return {"out": out.detach(), "dx": x.grad, "gradient": 2 * parameter.grad}
-
-
-def _errors_over(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], dtype: torch.dtype) -> list[str]:
-    """The results that are not near what is expected, with their relative errors."""
-    limit = LARGEST_ERROR[dtype.itemsize]
-    wrong = []
-    for name, right in expected.items():
-        found = got[name]
-        assert found is not None
-        assert right is not None
-        error = float((found.float() - right).norm() / right.norm())
-        if not error <= limit:  # NaN neither
-            wrong.append(f"{name} {error:.2g} > {limit}")
-    return wrong
 
 
 def _add_ratios(context: Context, mode: str, x: str, times: dict[str, Timing]) -> None:
@@ -306,7 +228,7 @@ def _measure_memory(
     # dense trains a copy of its own and needs no other; the others share the frozen weight, which is theirs too.
     frozen = 0 if name == "dense" else weight.nbytes
     resident = _allocated(device) - before + frozen
-    saved = _saved_bytes(held[0], inputs, weight)
+    saved = saved_bytes(held[0], inputs, [weight])
     if device.type == "cuda":
         context.results.add("masked_linear", name, "memory", "resident", "bytes/weight", x, resident / weight.numel())
         context.results.add(
@@ -319,20 +241,3 @@ def _measure_memory(
 
 def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated() if device.type == "cuda" else 0
-
-
-def _saved_bytes(provider: Provider, inputs: Tensor, weight: Tensor) -> int:
-    """Bytes that autograd keeps from forward to backward, beyond input, weight, the trained parameter and scalars."""
-    known = {t.untyped_storage().data_ptr() for t in (inputs, weight, provider.parameter)}
-    found: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if tensor.dim() and storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    provider.start()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        provider.forward(inputs.detach().requires_grad_())
-    return sum(found.values())

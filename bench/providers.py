@@ -1,0 +1,189 @@
+"""Ways to train linear layers, and the check that each passes before it is timed: for ``run`` and the GPU suite."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ||got - right|| / ||right|| by bytes of the dtype: several times what rounding in it leaves, far below any mistake's.
+LARGEST_ERROR = {2: 2e-2, 4: 1e-3}
+
+
+class Provider:
+    """One way to train layers: ``forward(x) -> (out, l0 or None)`` and what an optimizer is to change.
+
+    Args:
+        parameters: what the optimizer changes, one of them or several.
+        forward: of all layers; its second result, a multiple of l0, gets the gradient ``dl0``.
+        start: called before the first micro-batch of a step.
+        note: what to say of it beside its figures.
+    """
+
+    def __init__(
+        self,
+        parameters: nn.Parameter | Iterable[nn.Parameter],
+        forward: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        start: Callable[[], None] = lambda: None,
+        dl0: float = 1e-8,
+        note: str = "",
+    ) -> None:
+        self.parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        self.forward, self.start, self.note = forward, start, note
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True, capturable=self.parameter.is_cuda)
+        self.dl0 = torch.full((), dl0, device=self.parameter.device)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The first of the parameters, the only one of one layer."""
+        return self.parameters[0]
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def micro_batch(self, x: Tensor, dout: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Forward and backward, with a gradient for the input, as a layer within a model has: ``out, l0, dx``."""
+        x = x.detach().requires_grad_()
+        out, l0 = self.forward(x)
+        if l0 is None:
+            out.backward(dout)
+            return out.detach(), None, x.grad
+        torch.autograd.backward([out, l0], [dout, self.dl0])
+        return out.detach(), l0.detach(), x.grad
+
+    def step(self, x: Tensor, dout: Tensor, micro_batches: int, optimizer: bool = True) -> None:
+        self.zero_grad()
+        self.start()
+        for _ in range(micro_batches):
+            self.micro_batch(x, dout)
+        if optimizer:
+            self.optimizer.step()
+
+
+def plain_masked_linear(x: Tensor, weight: Tensor, logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """What a user writes without csmask."""
+    out = F.linear(x, weight * torch.sigmoid(temperature * logits).to(weight.dtype))
+    return out, torch.sigmoid(temperature * logits).sum()
+
+
+# The check
+
+
+def wrong_results(
+    provider: Provider, expected: dict[str, Tensor | None], inputs: Tensor, dout: Tensor, dtype: torch.dtype
+) -> list[str]:
+    """Results of a provider of one layer that are not near what is expected, with their relative errors.
+
+    Two micro-batches are run, in which gradients are written and added to; afterwards the provider has no gradient.
+
+    Args:
+        expected: as ``oracle`` gives it.
+        dtype: that the provider computes in.
+    """
+    try:
+        provider.zero_grad()
+        provider.start()
+        provider.micro_batch(inputs, dout)
+        out, l0, dx = provider.micro_batch(inputs, dout)
+        got = {"out": out, "l0": l0, "dx": dx, "gradient": provider.parameter.grad}
+        return _errors_over(got, expected, LARGEST_ERROR[dtype.itemsize])
+    finally:
+        provider.zero_grad()
+        provider.start()
+
+
+def oracle(
+    parameter: Tensor,
+    weight: Tensor | None,
+    temperature: Tensor,
+    inputs: Tensor,
+    dout: Tensor,
+    dl0: float,
+    l0_factor: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor | None]:
+    """``out, l0, dx`` and, of two micro-batches, the parameter's gradient, in plain torch.
+
+    Args:
+        parameter: logits that broadcast over the weight, or, without one, the weight that is trained itself.
+        weight: frozen, ``(N, K)``.
+        temperature: multiplies the logits.
+        inputs, dout: ``(M, K)`` and ``(M, N)``.
+        dl0, l0_factor: the gradient of the second result, and what that is a multiple of l0 by.
+        dtype: that everything is computed in.
+    """
+    x = inputs.detach().to(dtype).requires_grad_()
+    leaf = parameter.detach().to(dtype).requires_grad_()
+    l0 = None
+    with full_precision():
+        if weight is None:
+            out = F.linear(x, leaf)
+            out.backward(dout.to(dtype))
+        else:
+            weight = weight.detach().to(dtype)
+            out, l0 = plain_masked_linear(x, weight, leaf.expand_as(weight), temperature.to(dtype))
+            l0 = l0_factor * l0
+            torch.autograd.backward([out, l0], [dout.to(dtype), torch.full_like(l0, dl0)])
+            l0 = l0.detach()
+    assert leaf.grad is not None
+    return {"out": out.detach(), "l0": l0, "dx": x.grad, "gradient": 2 * leaf.grad}
+
+
+def _errors_over(got: dict[str, Tensor | None], expected: dict[str, Tensor | None], limit: float) -> list[str]:
+    wrong = []
+    for name, right in expected.items():
+        found = got[name]
+        if right is None:
+            continue
+        if found is None or found.shape != right.shape:
+            shape = None if found is None else tuple(found.shape)
+            wrong.append(f"{name} has shape {shape}, not {tuple(right.shape)}")
+            continue
+        error = float((found.to(right.dtype) - right).norm() / right.norm())
+        if not error <= limit:  # NaN neither
+            wrong.append(f"{name} {error:.2g} > {limit}")
+    return wrong
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32, and 16-bit ones summed in fp32, so that the reference is as good as its dtype."""
+    # The old names (allow_tf32) raise where the new ones were set differently before.
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    precision = (matmul.fp32_precision, conv.fp32_precision)
+    reduced = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction)
+    try:
+        matmul.fp32_precision = conv.fp32_precision = "ieee"
+        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+        yield
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = precision
+        matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = reduced
+
+
+# Memory
+
+
+def saved_bytes(provider: Provider, inputs: Tensor, weights: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps from forward to backward, beyond input, weights, trained parameters and scalars."""
+    known = {t.untyped_storage().data_ptr() for t in (inputs, *weights, *provider.parameters)}
+    found: dict[int, int] = {}
+    alive: list[Any] = []  # an address is used by one tensor at a time
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.dim() and storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    provider.start()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = provider.forward(inputs.detach().requires_grad_())
+    del result
+    return sum(found.values())
