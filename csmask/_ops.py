@@ -1,7 +1,7 @@
 """Operator schemas, shape functions and dispatch: the tensor's device picks the back end.
 
-CUDA and ROCm run the Triton kernels of ``csmask_kernels``, one file per op; CPU runs the C++ kernels of
-``csmask_kernels._cpu`` where they are built; all else runs the plain-torch reference. Autograd lives above, in
+CUDA and ROCm run the Triton kernels of ``csmask_kernels``, one file per op; CPU runs the C++ kernels (``_cpp``) where
+they are built; all else runs plain torch (``_plain``). Autograd lives above, in
 ``functional``. Shapes and dtypes were checked there.
 """
 
@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _plain, reference
+from . import _cpp, _cpp_linear, _plain, reference
 
 ops = torch.ops.csmask
 _LIBRARY = torch.library.Library("csmask", "DEF")
 _MASK = "Tensor weight, Tensor mask_logits, Tensor temperature"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 
-# op: (arguments and results, the Triton kernel's file)
-SCHEMAS = {
+# op: (arguments and results, the Triton kernel's file or None)
+SCHEMAS: dict[str, tuple[str, str | None]] = {
     "materialize": (
         f"({_MASK}, bool hard, float scale, ScalarType? dtype=None, bool counts=False) -> (Tensor, Tensor, Tensor)",
         "materialize",
@@ -53,6 +52,15 @@ SCHEMAS = {
     "masked_linear_dlogits_": (
         f"(Tensor(a!) dlogits, Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, bool transposed) -> ()",
         "masked_linear_dlogits",
+    ),
+    # Both gradients of a masked linear operation at once: where that is no kernel of its own, two.
+    "masked_linear_backward": (
+        f"(Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, bool transposed) -> (Tensor, Tensor)",
+        None,
+    ),
+    "masked_linear_backward_": (
+        f"(Tensor(a!) dlogits, Tensor dout, Tensor x, {_MASK}, Tensor? dl0, float scale, bool transposed) -> Tensor",
+        None,
     ),
     "masked_conv": (
         f"(Tensor x, {_MASK}, Tensor? bias, bool hard, float scale, {_GEOMETRY}) -> (Tensor, Tensor)",
@@ -101,19 +109,6 @@ SCHEMAS = {
 # Back ends
 
 
-def _load_cpu_kernels() -> tuple[ModuleType | None, str]:
-    """The C++ back end, or None and the reason why there is none."""
-    try:
-        return importlib.import_module("csmask_kernels._cpu"), ""
-    except ImportError as error:
-        return None, f"{type(error).__name__}: {error}"
-
-
-cpu_kernels, cpu_kernels_missing = _load_cpu_kernels()
-
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
-
-
 def triton_kernel(name: str) -> Callable[..., Any]:
     """The launcher of an op's Triton kernel, which has the op's own signature.
 
@@ -152,59 +147,6 @@ def _run_triton(name: str) -> Callable[..., Any]:
     return launch
 
 
-def _materialize_cpu(
-    weight: Tensor,
-    mask_logits: Tensor,
-    temperature: Tensor,
-    hard: bool,
-    scale: float,
-    dtype: torch.dtype | None = None,
-    counts: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = dtype or weight.dtype
-    has_kernel = weight.dtype in _CPU_DTYPES and dtype in _CPU_DTYPES and mask_logits.dtype == torch.float32
-    if cpu_kernels is None or not has_kernel or not weight.numel():
-        return _plain.OPS["materialize"](weight, mask_logits, temperature, hard, scale, dtype, counts)
-    out = torch.empty(weight.shape, dtype=dtype)
-    l0 = cpu_kernels.materialize(
-        weight.detach().contiguous(),
-        mask_logits.detach().contiguous(),
-        temperature.item(),
-        hard,
-        scale,
-        mask_logits.numel(),
-        _inner_size(weight, mask_logits),
-        out,
-        torch.get_num_threads(),
-    )
-    counted = _plain.counts_of(weight, mask_logits, temperature, counts)
-    return _plain.like(out, weight), torch.tensor(l0, dtype=torch.float32), counted
-
-
-def _mask_sums_cpu(
-    mask_logits: Tensor,
-    temperature: Tensor,
-    hard: bool,
-    scale: float,
-    weights_per_logit: int,
-    counts: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """By the kernel of ``materialize``, whose sum is then this one to the bit, over a weight that does not matter."""
-    if cpu_kernels is None or mask_logits.dtype != torch.float32 or not mask_logits.numel():
-        return _plain.OPS["mask_sums"](mask_logits, temperature, hard, scale, weights_per_logit, counts)
-    _, l0, _ = _materialize_cpu(mask_logits, mask_logits, temperature, hard, scale, torch.bfloat16)
-    counted = _plain.counts_of(mask_logits, mask_logits, temperature, counts)
-    return l0 * weights_per_logit, counted * weights_per_logit
-
-
-def _inner_size(weight: Tensor, mask_logits: Tensor) -> int:
-    """How many consecutive weights of the contiguous weight share one logit."""
-    if mask_logits.shape == weight.shape:
-        return 1
-    unit_dim = max(range(weight.dim()), key=lambda d: mask_logits.shape[d])
-    return max(1, weight.shape[unit_dim + 1 :].numel())
-
-
 def _without_grad(compute: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -213,12 +155,14 @@ def _without_grad(compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-for _name, (_schema, _) in SCHEMAS.items():
+_CPU_OPS = {**_cpp.OPS, **_cpp_linear.OPS}
+for _name, (_schema, _triton_file) in SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, _without_grad(_plain.OPS[_name]), "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _run_triton(_name), "CUDA")
-_LIBRARY.impl("materialize", _without_grad(_materialize_cpu), "CPU")
-_LIBRARY.impl("mask_sums", _without_grad(_mask_sums_cpu), "CPU")
+    if _triton_file is not None:
+        _LIBRARY.impl(_name, _run_triton(_name), "CUDA")
+    if _name in _CPU_OPS:
+        _LIBRARY.impl(_name, _without_grad(_CPU_OPS[_name]), "CPU")
 
 
 # Shapes, dtypes and layouts of the results: the same on every device
@@ -282,6 +226,18 @@ def _masked_linear_dx_fake(dout: Tensor, weight: Tensor, *mask: Any) -> Tensor:
 @_fake("masked_linear_dlogits")
 def _masked_linear_dlogits_fake(_dout: Tensor, _x: Tensor, _weight: Tensor, mask_logits: Tensor, *_mask: Any) -> Tensor:
     return torch.empty_like(mask_logits)
+
+
+@_fake("masked_linear_backward")
+def _masked_linear_backward_fake(
+    _dout: Tensor, x: Tensor, _weight: Tensor, mask_logits: Tensor, *_mask: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), torch.empty_like(mask_logits)
+
+
+@_fake("masked_linear_backward_")
+def _masked_linear_backward_in_place_fake(_dlogits: Tensor, _dout: Tensor, x: Tensor, *_mask: Any) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @_fake("masked_conv")

@@ -81,6 +81,21 @@ def _masked_linear_dlogits(dout: Tensor, x: Tensor, weight: Tensor, mask_logits:
     return ops.logits_grad(dmasked_weight, weight, mask_logits, *rest)
 
 
+def _masked_linear_backward(dout: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return _linear_dx(dout, *arguments), ops.masked_linear_dlogits(dout, x, *arguments)
+
+
+def _masked_linear_backward_(dlogits: Tensor, dout: Tensor, x: Tensor, *arguments: Any) -> Tensor:
+    ops.masked_linear_dlogits_(dlogits, dout, x, *arguments)
+    return _linear_dx(dout, *arguments)
+
+
+def _linear_dx(
+    dout: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, _dl0: Any, scale: float, transposed: bool
+) -> Tensor:
+    return ops.masked_linear_dx(dout, weight, mask_logits, temperature, False, scale, transposed)
+
+
 def conv_memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of a convolution's results: the input's, channels-last only where it is nothing else."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -181,6 +196,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "masked_linear_dx": _masked_linear_dx,
     "masked_linear_dlogits": _masked_linear_dlogits,
     "masked_linear_dlogits_": _adding("masked_linear_dlogits"),
+    "masked_linear_backward": _masked_linear_backward,
+    "masked_linear_backward_": _masked_linear_backward_,
     "masked_conv": _masked_conv,
     "masked_conv_dx": _masked_conv_dx,
     "masked_conv_dlogits": _masked_conv_dlogits,

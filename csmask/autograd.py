@@ -225,12 +225,17 @@ def _in_kernel_backward(
     mask, geometry = (weight, mask_logits, temperature), ctx.geometry
     if isinstance(geometry, bool):
         rows = reference.as_rows(dout)
-        if ctx.needs_input_grad[0]:
+        arguments = (rows, None if x is None else reference.as_rows(x), *mask, dl0, ctx.scale, geometry)
+        if ctx.needs_input_grad[0] and ctx.needs_dweight:
+            if ctx.accumulate and _can_add_to_grad(mask_logits):
+                dx = ops.masked_linear_backward_(mask_logits.grad, *arguments)
+            else:
+                dx, dlogits = ops.masked_linear_backward(*arguments)
+        elif ctx.needs_input_grad[0]:
             dx = ops.masked_linear_dx(rows, *mask, ctx.hard, ctx.scale, geometry)
-            dx = dx.view(*dout.shape[:-1], dx.shape[-1])
-        if ctx.needs_dweight and x is not None:
-            arguments = (rows, reference.as_rows(x), *mask, dl0, ctx.scale, geometry)
+        elif ctx.needs_dweight:
             dlogits = _logits_grad(ctx, mask_logits, "masked_linear_dlogits", arguments)
+        dx = dx if dx is None else dx.view(*dout.shape[:-1], dx.shape[-1])
     else:
         assert x is not None
         if ctx.needs_input_grad[0]:

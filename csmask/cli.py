@@ -57,16 +57,16 @@ def _version(package: str) -> str:
 
 
 def _back_ends() -> dict[str, str]:
-    from . import _ops
+    from . import _cpp, _ops
 
-    if _ops.cpu_kernels is None:
+    if _cpp.kernels is None:
         cpu = (
-            f"reference (plain torch): the C++ kernels are not there ({_ops.cpu_kernels_missing}); "
+            f"reference (plain torch): the C++ kernels are not there ({_cpp.kernels_missing}); "
             "to have them, install a C++17 compiler and install csmask again"
         )
     else:
-        usable = ", ".join(_ops.cpu_kernels.instruction_sets())
-        cpu = f"C++ for materialize, {_ops.cpu_kernels.instruction_set()} (of {usable}); reference for the rest"
+        usable = ", ".join(_cpp.kernels.instruction_sets())
+        cpu = f"C++ for materialize, {_cpp.kernels.instruction_set()} (of {usable}); reference for the rest"
     return {
         "back end, CPU": cpu,
         "back end, GPU": _ops.gpu_back_end(),

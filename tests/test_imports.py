@@ -21,6 +21,8 @@ KERNELS = ROOT / "kernels"
 LEVELS = [
     {"config", "philox", "reference"},
     {"_plain"},
+    {"_cpp"},
+    {"_cpp_linear"},
     {"_ops"},
     {"ablation", "autograd", "cost", "masked_weight"},  # ablation lies below layers, whose forward uses it
     {"functional"},

@@ -7,22 +7,22 @@ namespace csmask {
 
 #ifdef CSMASK_HAVE_avx512
 namespace avx512 {
-extern const MaterializeKernels materialize_kernels;
+extern const Kernels kernels;
 }
 #endif
 #ifdef CSMASK_HAVE_avx2
 namespace avx2 {
-extern const MaterializeKernels materialize_kernels;
+extern const Kernels kernels;
 }
 #endif
 #ifdef CSMASK_HAVE_neon
 namespace neon {
-extern const MaterializeKernels materialize_kernels;
+extern const Kernels kernels;
 }
 #endif
 #ifdef CSMASK_HAVE_baseline
 namespace baseline {
-extern const MaterializeKernels materialize_kernels;
+extern const Kernels kernels;
 }
 #endif
 
@@ -43,16 +43,16 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 // Best first.
 const InstructionSet kBuilt[] = {
 #ifdef CSMASK_HAVE_avx512
-    {"avx512", has_avx512, &avx512::materialize_kernels},
+    {"avx512", has_avx512, &avx512::kernels},
 #endif
 #ifdef CSMASK_HAVE_avx2
-    {"avx2", has_avx2, &avx2::materialize_kernels},
+    {"avx2", has_avx2, &avx2::kernels},
 #endif
 #ifdef CSMASK_HAVE_neon
-    {"neon", always, &neon::materialize_kernels},
+    {"neon", always, &neon::kernels},
 #endif
 #ifdef CSMASK_HAVE_baseline
-    {"baseline", always, &baseline::materialize_kernels},
+    {"baseline", always, &baseline::kernels},
 #endif
 };
 

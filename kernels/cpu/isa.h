@@ -4,14 +4,14 @@
 #include <string>
 #include <vector>
 
-#include "materialize.h"
+#include "kernels.h"
 
 namespace csmask {
 
 struct InstructionSet {
   const char* name;
   bool (*supported)();
-  const MaterializeKernels* materialize;
+  const Kernels* kernels;
 };
 
 // The best one this CPU can run, unless a test has forced another.

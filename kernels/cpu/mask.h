@@ -1,8 +1,6 @@
 // The mask itself, as plain loops that compilers vectorise: m = scale * sigmoid(T * S), or its hard limit.
 //
-// This header and the kernels that include it are compiled once per instruction set, each time into the namespace
-// csmask::CSMASK_ISA. Everything here is `static`, and nothing of the C++ standard library is used: an inline function
-// or template shared between those objects would be kept once, in whichever instruction set the linker met first.
+// Everything here is `static` and free of the C++ standard library: see kernels.h on why.
 #pragma once
 
 #include <stdint.h>
@@ -61,15 +59,11 @@ static inline float sigmoid(float x) {
   return numerator / (1.0f + e);
 }
 
-static inline float bf16_to_float(uint16_t bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
-
-// Rounds to nearest, ties to even; NaN stays NaN (quiet).
-static inline uint16_t float_to_bf16(float x) {
-  const uint32_t bits = float_bits(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  const uint32_t is_nan = (bits & 0x7fffffffu) > 0x7f800000u ? 0xffffffffu : 0u;
-  return static_cast<uint16_t>((quiet & is_nan) | (rounded & ~is_nan));
+// sigmoid'(x) = e / (1 + e)^2 with e = exp(-|x|), which does not vanish where m * (1 - m) rounds to 0.
+static inline float sigmoid_derivative(float x) {
+  const float e = exp_negative(__builtin_fabsf(x));
+  const float sum = 1.0f + e;
+  return e / (sum * sum);
 }
 
 }  // namespace CSMASK_ISA

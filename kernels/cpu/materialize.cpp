@@ -1,9 +1,11 @@
-// materialize: out = round(W * m) and l0 = sum(m), with m = scale * sigmoid(T * S) per element or per unit.
+// materialize: out = round(W * m) and l0 = sum(m), with m = scale * sigmoid(T * S), or its hard limit.
 //
 // Bytes moved per weight in bf16 with a logit each: 2 (W) + 4 (S) + 2 (out).
-#include "materialize.h"
-
+#include "convert.h"
+#include "kernels.h"
 #include "mask.h"
+#include "ops.h"
+#include "runs.h"
 
 namespace csmask {
 namespace CSMASK_ISA {
@@ -14,14 +16,19 @@ namespace {
 constexpr int kLanes = 16;
 // After so many elements the lanes are added up in double: 16 fp32 additions in a row, an error of 16 half ulp at most.
 constexpr int64_t kLaneSumLength = 16 * kLanes;
+constexpr float kUndecidedBound = 4.0f;
 
-void soft_masks(const float* __restrict logits, int64_t count, float temperature, float scale,
-                float* __restrict masks) {
-  for (int64_t i = 0; i < count; ++i) masks[i] = scale * sigmoid(temperature * logits[i]);
-}
+using Bits32 __attribute__((may_alias)) = uint32_t;
+using Bits16 __attribute__((may_alias)) = uint16_t;
 
-void hard_masks(const float* __restrict logits, int64_t count, float scale, float* __restrict masks) {
-  for (int64_t i = 0; i < count; ++i) masks[i] = logits[i] > 0.0f ? scale : 0.0f;
+void masks_of(const float* __restrict logits, int64_t count, const Mask& mask, float* __restrict masks) {
+  const float temperature = mask.temperature;
+  const float scale = mask.scale;
+  if (mask.hard) {
+    for (int64_t i = 0; i < count; ++i) masks[i] = logits[i] > 0.0f ? scale : 0.0f;
+  } else {
+    for (int64_t i = 0; i < count; ++i) masks[i] = scale * sigmoid(temperature * logits[i]);
+  }
 }
 
 double sum(const float* values, int64_t count) {
@@ -39,133 +46,102 @@ double sum(const float* values, int64_t count) {
   return total;
 }
 
-// values[j] = table[((begin + j) / inner) % units], j < count
-void expand(const float* __restrict table, int64_t units, int64_t inner, int64_t begin, int64_t count,
-            float* __restrict values) {
-  int64_t unit = (begin / inner) % units;
-  int64_t done = 0;
-  if (inner == 1) {
-    while (done < count) {
-      const int64_t run = units - unit < count - done ? units - unit : count - done;
-      for (int64_t j = 0; j < run; ++j) values[done + j] = table[unit + j];
-      done += run;
-      unit = 0;
-    }
-    return;
+void count(const float* __restrict logits, int64_t n, float temperature, MaskPartial* partial) {
+  int32_t kept = 0;
+  int32_t undecided = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    kept += logits[i] > 0.0f ? 1 : 0;
+    undecided += __builtin_fabsf(temperature * logits[i]) < kUndecidedBound ? 1 : 0;
   }
-  int64_t left_in_unit = inner - begin % inner;
-  while (done < count) {
-    const int64_t run = left_in_unit < count - done ? left_in_unit : count - done;
-    for (int64_t j = 0; j < run; ++j) values[done + j] = table[unit];
-    done += run;
-    unit = unit + 1 == units ? 0 : unit + 1;
-    left_in_unit = inner;
-  }
+  partial->kept += kept;
+  partial->undecided += undecided;
 }
 
-struct Float32 {
-  using Storage = uint32_t;
-  static float load(uint32_t bits) { return float_from_bits(bits); }
-  static uint32_t store(float x) { return float_bits(x); }
-};
-
-struct BFloat16 {
-  using Storage = uint16_t;
-  static float load(uint16_t bits) { return bf16_to_float(bits); }
-  static uint16_t store(float x) { return float_to_bf16(x); }
-};
-
-template <typename In, typename Out>
-void multiply(const void* weight, const float* __restrict masks, int64_t count, void* out) {
-  const auto* __restrict w = static_cast<const typename In::Storage*>(weight);
-  auto* __restrict o = static_cast<typename Out::Storage*>(out);
-  for (int64_t i = 0; i < count; ++i) o[i] = Out::store(In::load(w[i]) * masks[i]);
+void multiply(const float* __restrict weight, const float* __restrict masks, int64_t n, float* __restrict values) {
+  for (int64_t i = 0; i < n; ++i) values[i] = weight[i] * masks[i];
 }
 
 // A select and not a product, so that an infinite or NaN weight outside the circuit gives +0.
-template <typename In, typename Out>
-void select_scaled(const void* weight, const float* __restrict logits, float scale, int64_t count, void* out) {
-  const auto* __restrict w = static_cast<const typename In::Storage*>(weight);
-  auto* __restrict o = static_cast<typename Out::Storage*>(out);
-  for (int64_t i = 0; i < count; ++i) {
+void select(const float* __restrict weight, const float* __restrict logits, float scale, int64_t n,
+            float* __restrict values) {
+  for (int64_t i = 0; i < n; ++i) {
     const uint32_t kept = logits[i] > 0.0f ? 0xffffffffu : 0u;
-    o[i] = static_cast<typename Out::Storage>(Out::store(In::load(w[i]) * scale) & kept);
+    values[i] = float_from_bits(float_bits(weight[i] * scale) & kept);
   }
 }
 
-// The same for scale 1: no arithmetic at all where the dtype stays, so that the weight keeps its bits.
-template <typename In, typename Out>
-void select_bits(const void* weight, const float* __restrict logits, int64_t count, void* out) {
-  const auto* __restrict w = static_cast<const typename In::Storage*>(weight);
-  auto* __restrict o = static_cast<typename Out::Storage*>(out);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t kept = logits[i] > 0.0f ? 0xffffffffu : 0u;
-    o[i] = static_cast<typename Out::Storage>(Out::store(In::load(w[i])) & kept);
-  }
-}
-
-template <>
-void select_bits<BFloat16, BFloat16>(const void* weight, const float* __restrict logits, int64_t count, void* out) {
-  const auto* __restrict w = static_cast<const uint16_t*>(weight);
-  auto* __restrict o = static_cast<uint16_t*>(out);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t kept = logits[i] > 0.0f ? 0xffffffffu : 0u;
-    o[i] = static_cast<uint16_t>(w[i] & kept);
-  }
-}
-
-template <typename In, typename Out>
-void blocks_typed(const MaterializeArgs& args, int64_t first, int64_t last, double* partials) {
-  alignas(64) float logits_buffer[kMaterializeBlock];
-  alignas(64) float masks[kMaterializeBlock];
-  const bool own_logit = args.units == args.numel;  // then inner == 1, and logits lie as the weights do
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * kMaterializeBlock;
-    const int64_t count = args.numel - begin < kMaterializeBlock ? args.numel - begin : kMaterializeBlock;
-    const auto* weight = static_cast<const typename In::Storage*>(args.weight) + begin;
-    auto* out = static_cast<typename Out::Storage*>(args.out) + begin;
-    if (args.hard) {
-      const float* logits = args.logits + begin;
-      if (!own_logit) {
-        expand(args.logits, args.units, args.inner, begin, count, logits_buffer);
-        logits = logits_buffer;
-      }
-      hard_masks(logits, count, args.scale, masks);
-      if (args.scale == 1.0f) {
-        select_bits<In, Out>(weight, logits, count, out);
-      } else {
-        select_scaled<In, Out>(weight, logits, args.scale, count, out);
-      }
-    } else {
-      if (own_logit) {
-        soft_masks(args.logits + begin, count, args.temperature, args.scale, masks);
-      } else {
-        expand(args.unit_masks, args.units, args.inner, begin, count, masks);
-      }
-      multiply<In, Out>(weight, masks, count, out);
+// The same for scale 1 where the dtype stays: no arithmetic at all, so that the weight keeps its bits.
+template <typename Storage>
+void select_bits(const void* weight, int64_t weight_stride, const float* __restrict logits, int64_t n, void* out,
+                 int64_t out_stride) {
+  const auto* __restrict w = static_cast<const Storage*>(weight);
+  auto* __restrict o = static_cast<Storage*>(out);
+  if (weight_stride == 1 && out_stride == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t kept = logits[i] > 0.0f ? 0xffffffffu : 0u;
+      o[i] = static_cast<Storage>(w[i] & kept);
     }
-    partials[block] = sum(masks, count);
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      o[i * out_stride] = logits[i] > 0.0f ? w[i * weight_stride] : static_cast<Storage>(0);
+    }
   }
 }
 
-void blocks(const MaterializeArgs& args, int64_t first, int64_t last, double* partials) {
-  const bool from_bf16 = args.weight_dtype == Dtype::bfloat16;
-  const bool to_bf16 = args.out_dtype == Dtype::bfloat16;
-  if (from_bf16 && to_bf16) {
-    blocks_typed<BFloat16, BFloat16>(args, first, last, partials);
-  } else if (from_bf16) {
-    blocks_typed<BFloat16, Float32>(args, first, last, partials);
-  } else if (to_bf16) {
-    blocks_typed<Float32, BFloat16>(args, first, last, partials);
-  } else {
-    blocks_typed<Float32, Float32>(args, first, last, partials);
+struct Buffers {
+  alignas(64) float weight[kBlock];
+  alignas(64) float logits[kBlock];
+  alignas(64) float values[kBlock];
+};
+
+void write_run(const MaterializeArgs& args, const int64_t* offsets, const float* logits, const float* masks, int64_t n,
+               Buffers& buffers) {
+  const int inner = args.layout.dims - 1;
+  const int64_t out_stride = args.layout.stride[0][inner];
+  const int64_t weight_stride = args.layout.stride[1][inner];
+  void* out = at(args.out, args.out_dtype, offsets[0]);
+  const void* weight = at(args.weight, args.weight_dtype, offsets[1]);
+  if (args.mask.hard && args.mask.scale == 1.0f && args.weight_dtype == args.out_dtype) {
+    if (args.out_dtype == Dtype::float32) {
+      select_bits<Bits32>(weight, weight_stride, logits, n, out, out_stride);
+    } else {
+      select_bits<Bits16>(weight, weight_stride, logits, n, out, out_stride);
+    }
+    return;
   }
+  const float* w = load(weight, args.weight_dtype, weight_stride, n, buffers.weight);
+  if (args.mask.hard) {
+    select(w, logits, args.mask.scale, n, buffers.values);
+  } else {
+    multiply(w, masks, n, buffers.values);
+  }
+  store(buffers.values, n, out, args.out_dtype, out_stride, args.stream);
 }
 
 }  // namespace
 
-extern const MaterializeKernels materialize_kernels;
-const MaterializeKernels materialize_kernels = {soft_masks, blocks};
+void materialize(const MaterializeArgs& args, int64_t first, int64_t last, MaskPartial* partials) {
+  Buffers buffers;
+  alignas(64) float masks[kBlock];
+  const bool writes = args.out != nullptr;
+  const int logits_operand = writes ? 2 : 0;
+  const int64_t logits_stride = args.layout.stride[logits_operand][args.layout.dims - 1];
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * kBlock;
+    const int64_t end = block_end(args.layout, block);
+    MaskPartial partial = {0.0, 0, 0};
+    for_runs(args.layout, logits_operand + 1, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
+      const float* source = args.logits + offsets[logits_operand];
+      const float* logits = load(source, Dtype::float32, logits_stride, n, buffers.logits);
+      masks_of(logits, n, args.mask, masks + done);
+      if (args.counts) count(logits, n, args.mask.temperature, &partial);
+      if (writes) write_run(args, offsets, logits, masks + done, n, buffers);
+    });
+    partial.sum = sum(masks, end - begin);
+    partials[block] = partial;
+  }
+  end_streaming(args.stream);
+}
 
 }  // namespace CSMASK_ISA
 }  // namespace csmask

@@ -1,4 +1,4 @@
-// Fork and join: a static split of [0, count) over threads that live for one call, so that nothing survives a fork().
+// Fork and join: a static split of [0, count) over the OpenMP threads that PyTorch runs on, where they can be had.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,35 @@
 #include <thread>
 #include <vector>
 
+// GNU's OpenMP runtime, which PyTorch has loaded (LLVM's has the same entry points). Weak, and not linked with: a
+// second runtime would have threads of its own, that compete with PyTorch's for the cores. Where there is none they are
+// null.
+extern "C" {
+__attribute__((weak)) void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+__attribute__((weak)) int omp_get_thread_num();
+__attribute__((weak)) int omp_get_num_threads();
+}
+
 namespace csmask {
+
+// Whether this process was forked: the runtime's threads did not come along, and waiting for them would take forever.
+bool is_forked();
+
+template <typename Work>
+struct Split {
+  const Work& work;
+  std::int64_t count;
+  std::int64_t parts;
+
+  void run(std::int64_t part) const { work(boundary(part), boundary(part + 1)); }
+
+ private:
+  std::int64_t boundary(std::int64_t part) const {
+    const std::int64_t base = count / parts;
+    const std::int64_t longer = count % parts;
+    return part * base + (part < longer ? part : longer);
+  }
+};
 
 // Calls work(first, last) over at most `threads` contiguous ranges of [0, count), each at least `grain` long but the
 // last; the caller's thread takes the first. `work` must not throw.
@@ -15,23 +43,32 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Wor
   if (count <= 0) return;
   std::int64_t parts = (count + grain - 1) / grain;
   if (parts > threads) parts = threads;
-  const auto boundary = [&](std::int64_t part) {
-    const std::int64_t base = count / parts;
-    const std::int64_t longer = count % parts;
-    return part * base + (part < longer ? part : longer);
-  };
+  const Split<Work> split{work, count, parts};
+  if (parts == 1) {
+    split.run(0);
+    return;
+  }
+  if (GOMP_parallel != nullptr && omp_get_thread_num != nullptr && omp_get_num_threads != nullptr && !is_forked()) {
+    // The team can be smaller than what was asked for, in a parallel region of the caller's it is one thread.
+    const auto body = [](void* data) {
+      const auto& ours = *static_cast<const Split<Work>*>(data);
+      for (std::int64_t part = omp_get_thread_num(); part < ours.parts; part += omp_get_num_threads()) ours.run(part);
+    };
+    GOMP_parallel(body, const_cast<Split<Work>*>(&split), static_cast<unsigned>(parts), 0);
+    return;
+  }
   std::vector<std::thread> workers;
   workers.reserve(static_cast<std::size_t>(parts - 1));
   std::int64_t started = 1;
   for (; started < parts; ++started) {
     try {
-      workers.emplace_back(work, boundary(started), boundary(started + 1));
+      workers.emplace_back([&split, started] { split.run(started); });
     } catch (const std::system_error&) {
       break;  // the process may not start more threads: the caller does the rest
     }
   }
-  work(0, boundary(1));
-  if (started < parts) work(boundary(started), count);
+  split.run(0);
+  for (std::int64_t part = started; part < parts; ++part) split.run(part);
   for (std::thread& worker : workers) worker.join();
 }
 

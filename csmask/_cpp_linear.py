@@ -1,0 +1,170 @@
+"""Masked linear operations on a CPU, block by block: the masked weight of a block is made in the cache by a C++ kernel
+and handed to the matrix product that PyTorch uses, so that neither the masked weight nor its gradient goes to memory.
+
+Forward takes blocks of output features; backward takes blocks of input features, each visited once for the input's
+gradient and for that of the logits. Either way a product sums over all of its inner dimension at once, and the result
+is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _cpp, _plain
+
+# Features per block: a multiple of the vector and tile sizes of BLAS libraries, and 256 bytes of each row or more.
+_GRAIN = 64
+# Bytes per weight that pass through the cache in a visit, beside the block's masked weight: logits and their gradient.
+_LOGITS_BYTES = 8
+
+
+def _block_features(features: int, others: int, itemsize: int, block_itemsize: int) -> int:
+    """How many of ``features`` make a block, with ``others`` weights each: what is used twice fills half the cache."""
+    assert _cpp.kernels is not None
+    budget = _cpp.kernels.last_level_cache() // 2
+    fitting = budget // max(others * (itemsize + block_itemsize + _LOGITS_BYTES), 1)
+    return max(1, min(features, max(fitting // _GRAIN, 1) * _GRAIN))
+
+
+def _blocks(features: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, features)) for start in range(0, features, size))
+
+
+def _scratch(like: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """Memory for blocks of ``size`` of the 2-d tensor's dimension ``dim``, rows contiguous where its rows are."""
+    shape = [size if d == dim else n for d, n in enumerate(like.shape)]
+    if like.stride(0) < like.stride(1):
+        return torch.empty(shape[1], shape[0], dtype=dtype).t()
+    return torch.empty(shape, dtype=dtype)
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, bias: Tensor | None, hard: bool, scale: float,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if not _has_kernel(mask_logits, weight, x):
+        return _plain.OPS["masked_linear"](x, weight, mask_logits, temperature, bias, hard, scale, transposed)
+    assert _cpp.kernels is not None
+    w, logits = _oriented(weight, mask_logits, transposed)
+    out = x.new_empty(x.shape[0], w.shape[0])
+    size = _block_features(*w.shape, w.element_size(), x.element_size())
+    scratch, t, l0 = _scratch(w, size, 0, x.dtype), temperature.item(), 0.0
+    for block in _blocks(w.shape[0], size):
+        wm = scratch[: block.stop - block.start]
+        l0 += _cpp.kernels.materialize(
+            w[block], logits[block], t, hard, scale, wm, False, torch.get_num_threads(), False
+        )[0]
+        _product(x, wm.t(), bias if bias is None else bias[block], out[:, block])
+    return out, torch.tensor(l0, dtype=torch.float32)
+
+
+def masked_linear_dx(
+    dout: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, transposed: bool
+) -> Tensor:
+    if not _has_kernel(mask_logits, weight, dout):
+        return _plain.OPS["masked_linear_dx"](dout, weight, mask_logits, temperature, hard, scale, transposed)
+    w, logits = _oriented(weight, mask_logits, transposed)
+    dx = dout.new_empty(dout.shape[0], w.shape[1])
+    _visit(dout, w, logits, temperature.item(), hard, scale, dx=dx)
+    return dx
+
+
+def masked_linear_dlogits(dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any) -> Tensor:
+    if not _has_kernel(mask_logits, weight, dout, x):
+        return _plain.OPS["masked_linear_dlogits"](dout, x, weight, mask_logits, *mask)
+    dlogits = torch.empty_like(mask_logits)
+    _backward(None, dlogits, dout, x, weight, mask_logits, *mask)
+    return dlogits
+
+
+def masked_linear_dlogits_(
+    dlogits: Tensor, dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any
+) -> None:
+    if _has_kernel(mask_logits, weight, dout, x):
+        _backward(None, dlogits, dout, x, weight, mask_logits, *mask, add=True)
+    else:
+        _plain.OPS["masked_linear_dlogits_"](dlogits, dout, x, weight, mask_logits, *mask)
+
+
+def masked_linear_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any
+) -> tuple[Tensor, Tensor]:
+    if not _has_kernel(mask_logits, weight, dout, x):
+        return _plain.OPS["masked_linear_backward"](dout, x, weight, mask_logits, *mask)
+    dx, dlogits = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(mask_logits)
+    _backward(dx, dlogits, dout, x, weight, mask_logits, *mask)
+    return dx, dlogits
+
+
+def masked_linear_backward_(
+    dlogits: Tensor, dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any
+) -> Tensor:
+    if not _has_kernel(mask_logits, weight, dout, x):
+        return _plain.OPS["masked_linear_backward_"](dlogits, dout, x, weight, mask_logits, *mask)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _backward(dx, dlogits, dout, x, weight, mask_logits, *mask, add=True)
+    return dx
+
+
+def _backward(
+    dx: Tensor | None, dlogits: Tensor, dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor,
+    temperature: Tensor, dl0: Tensor | None, scale: float, transposed: bool, add: bool = False,
+) -> None:  # fmt: skip
+    w, logits = _oriented(weight, mask_logits, transposed)
+    dlogits = dlogits.t() if transposed else dlogits
+    _visit(dout, w, logits, temperature.item(), False, scale, dx, x, dlogits, _cpp.as_number(dl0), add)
+
+
+def _has_kernel(mask_logits: Tensor, weight: Tensor, *activations: Tensor) -> bool:
+    return _cpp.has_kernel(mask_logits, weight.dtype, *(t.dtype for t in activations))
+
+
+def _oriented(weight: Tensor, mask_logits: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Weight and logits as ``(N, K)``, whichever way they lie in memory."""
+    logits = mask_logits.detach().expand_as(weight)
+    return (weight.detach().t(), logits.t()) if transposed else (weight.detach(), logits)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _visit(
+    dout: Tensor, w: Tensor, logits: Tensor, temperature: float, hard: bool, scale: float, dx: Tensor | None = None,
+    x: Tensor | None = None, dlogits: Tensor | None = None, dl0: float = 0.0, add: bool = False,
+) -> None:  # fmt: skip
+    """Write the input's gradient ``dx (M, K)`` and, where ``x`` is given, write or add the logits' ``dlogits (N, K)``."""
+    kernels, threads = _cpp.kernels, torch.get_num_threads()
+    assert kernels is not None
+    size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())
+    scratch = _scratch(w, size, 1, dout.dtype)
+    streams = dlogits is not None and 2 * dlogits.nbytes > kernels.last_level_cache()
+    for block in _blocks(w.shape[1], size):
+        weights, block_logits = w[:, block], logits[:, block]
+        wm = scratch[:, : block.stop - block.start]
+        if dx is not None:
+            kernels.materialize(weights, block_logits, temperature, hard, scale, wm, False, threads, False)
+            _product(dout, wm, None, dx[:, block])
+        if x is not None and dlogits is not None:
+            # The masked weight has done its work: its memory takes its gradient.
+            _product(dout.t(), x[:, block], None, wm)
+            kernels.logits_grad(
+                dlogits[:, block], wm, weights, block_logits, temperature, dl0, scale, add, threads, streams
+            )
+
+
+OPS: dict[str, Callable[..., Any]] = {
+    "masked_linear": masked_linear,
+    "masked_linear_dx": masked_linear_dx,
+    "masked_linear_dlogits": masked_linear_dlogits,
+    "masked_linear_dlogits_": masked_linear_dlogits_,
+    "masked_linear_backward": masked_linear_backward,
+    "masked_linear_backward_": masked_linear_backward_,
+}

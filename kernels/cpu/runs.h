@@ -1,0 +1,46 @@
+// Walks a layout's elements in runs along the innermost dimension.
+#pragma once
+
+#include "kernels.h"
+
+namespace csmask {
+namespace CSMASK_ISA {
+
+// Calls body(offsets, done, count) for the runs of elements begin <= i < end: `offsets` holds each operand's first
+// element of the run, `done` how many elements came before it.
+template <typename Body>
+static void for_runs(const Layout& layout, int operands, int64_t begin, int64_t end, const Body& body) {
+  const int inner = layout.dims - 1;
+  int64_t index[kMaxDims];
+  int64_t offsets[kMaxOperands] = {};
+  int64_t rest = begin;
+  for (int dim = inner; dim >= 0; --dim) {
+    index[dim] = rest % layout.shape[dim];
+    rest /= layout.shape[dim];
+    for (int k = 0; k < operands; ++k) offsets[k] += index[dim] * layout.stride[k][dim];
+  }
+  int64_t done = 0;
+  while (done < end - begin) {
+    const int64_t in_row = layout.shape[inner] - index[inner];
+    const int64_t count = in_row < end - begin - done ? in_row : end - begin - done;
+    body(offsets, done, count);
+    done += count;
+    index[inner] += count;
+    for (int k = 0; k < operands; ++k) offsets[k] += count * layout.stride[k][inner];
+    for (int dim = inner; dim > 0 && index[dim] == layout.shape[dim]; --dim) {
+      for (int k = 0; k < operands; ++k) {
+        offsets[k] += layout.stride[k][dim - 1] - index[dim] * layout.stride[k][dim];
+      }
+      index[dim] = 0;
+      ++index[dim - 1];
+    }
+  }
+}
+
+static inline int64_t block_end(const Layout& layout, int64_t block) {
+  const int64_t end = (block + 1) * kBlock;
+  return end < layout.numel ? end : layout.numel;
+}
+
+}  // namespace CSMASK_ISA
+}  // namespace csmask
