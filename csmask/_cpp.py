@@ -16,6 +16,7 @@ from torch import Tensor
 from . import _plain
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGE = 4 << 20  # bytes: two huge pages
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -32,6 +33,14 @@ kernels, kernels_missing = _load()
 def has_kernel(mask_logits: Tensor, *dtypes: torch.dtype) -> bool:
     """Whether the C++ kernels are there and know these dtypes of weights, inputs and results."""
     return kernels is not None and mask_logits.dtype == torch.float32 and all(dtype in DTYPES for dtype in dtypes)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``torch.empty_like``, in huge pages where it is large: new memory is paid for page by page, when written to."""
+    out = torch.empty_like(tensor, dtype=dtype or tensor.dtype)
+    if kernels is not None and out.nbytes >= _LARGE:
+        kernels.prefer_huge_pages(out.data_ptr(), out.nbytes)  # dense: all of it lies behind its first element
+    return out
 
 
 def as_number(scalar: Tensor | None) -> float:
@@ -51,7 +60,7 @@ def materialize(
     dtype = dtype or weight.dtype
     if kernels is None or not has_kernel(mask_logits, weight.dtype, dtype):
         return _plain.OPS["materialize"](weight, mask_logits, temperature, hard, scale, dtype, counts)
-    out = torch.empty_like(weight, dtype=dtype)
+    out = empty_like(weight, dtype)
     logits = mask_logits.detach().expand_as(weight)
     threads = torch.get_num_threads()
     sums = kernels.materialize(weight.detach(), logits, temperature.item(), hard, scale, out, counts, threads)
@@ -83,7 +92,7 @@ def _as_tensors(sums: tuple[float, int, int], counts: bool) -> tuple[Tensor, Ten
 def logits_grad(
     dmasked_weight: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, dl0: Tensor | None, scale: float
 ) -> Tensor:
-    dlogits = torch.empty_like(mask_logits)
+    dlogits = empty_like(mask_logits)
     if _write_logits_grad(dlogits, dmasked_weight, weight, mask_logits, temperature, dl0, scale, add=False):
         return dlogits
     return _plain.OPS["logits_grad"](dmasked_weight, weight, mask_logits, temperature, dl0, scale)

@@ -76,7 +76,7 @@ def masked_linear_dx(
 def masked_linear_dlogits(dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any) -> Tensor:
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_dlogits"](dout, x, weight, mask_logits, *mask)
-    dlogits = torch.empty_like(mask_logits)
+    dlogits = _cpp.empty_like(mask_logits)
     _backward(None, dlogits, dout, x, weight, mask_logits, *mask)
     return dlogits
 
@@ -95,7 +95,7 @@ def masked_linear_backward(
 ) -> tuple[Tensor, Tensor]:
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_backward"](dout, x, weight, mask_logits, *mask)
-    dx, dlogits = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(mask_logits)
+    dx, dlogits = x.new_empty(x.shape), _cpp.empty_like(mask_logits)
     _backward(dx, dlogits, dout, x, weight, mask_logits, *mask)
     return dx, dlogits
 
@@ -105,7 +105,7 @@ def masked_linear_backward_(
 ) -> Tensor:
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_backward_"](dlogits, dout, x, weight, mask_logits, *mask)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = x.new_empty(x.shape)
     _backward(dx, dlogits, dout, x, weight, mask_logits, *mask, add=True)
     return dx
 

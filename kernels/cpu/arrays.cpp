@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cache.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 

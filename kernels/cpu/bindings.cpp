@@ -3,9 +3,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstdint>
+
 #include "arrays.h"
-#include "cache.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,4 +21,10 @@ NB_MODULE(_cpu, module) {
   module.def("force_instruction_set", &csmask::force_instruction_set, "name"_a,
              "For tests only: use this instruction set. ValueError where it is unknown or this CPU cannot run it.");
   module.def("last_level_cache", &csmask::last_level_cache, "Bytes of this machine's largest cache.");
+  module.def(
+      "prefer_huge_pages",
+      [](std::uintptr_t address, std::int64_t bytes) {
+        csmask::prefer_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      "address"_a, "bytes"_a, "Asks the operating system for huge pages for new memory.");
 }

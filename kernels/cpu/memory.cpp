@@ -1,11 +1,14 @@
-#include "cache.h"
+#include "memory.h"
 
 #include <unistd.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <initializer_list>
 #if defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 namespace csmask {
@@ -41,6 +44,19 @@ std::int64_t largest() {
 std::int64_t last_level_cache() {
   static const std::int64_t size = largest();
   return size;
+}
+
+void prefer_huge_pages(void* data, std::int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + static_cast<std::uintptr_t>(bytes)) / kPage * kPage;
+  // Advice: where it is not taken, pages are small.
+  if (begin < end) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
 }
 
 }  // namespace csmask
