@@ -133,16 +133,16 @@ def lines(rows: list[dict]) -> list[str]:
             groups.setdefault((row["kernel"], row["mode"], row["x"]), []).append(row)
     printed = []
     for (kernel, mode, x), timed in groups.items():
-        first, others = timed[0], timed[1:]
-        ratios = [f"{row['provider']} {row['value'] / first['value']:.2f}x" for row in others]
+        first = timed[0]
+        ratios = [f"{row['provider']} {row['value'] / first['value']:.2f}x" for row in timed[1:]]
         parts = [f"{first['provider']} {first['value']:.3g} ms", *ratios]
         printed.append(f"{kernel} {mode} {x}: {', '.join(parts)}")
-    printed += [
-        f"{row['kernel']} {row['provider']} {row['mode']} {row['x']}: {row['metric']} {row['value']:.4g} {row['unit']}"
-        for row in rows
-        if row["metric"] not in ("time", "over dense")
-    ]
-    return printed
+    others: dict[tuple[str, str, str, str], list[str]] = {}
+    for row in rows:
+        if row["metric"] not in ("time", "over dense"):
+            key = (row["kernel"], row["provider"], row["mode"], row["x"])
+            others.setdefault(key, []).append(f"{row['metric']} {row['value']:.3g} {row['unit']}")
+    return printed + [f"{' '.join(key)}: {', '.join(parts)}" for key, parts in others.items()]
 
 
 if __name__ == "__main__":
