@@ -36,9 +36,16 @@ def random_logits(*shape: int, device: torch.device) -> Tensor:
 
 
 def elementwise_calls(
-    n: int, k: int, dtype: torch.dtype, device: torch.device
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    find: Callable[[str], Callable[..., Any]] = triton_kernel,
 ) -> dict[str, tuple[Callable[[], Callable[[], Any]], float]]:
-    """By name: what makes the call of a kernel on a weight ``(n, k)``, and the bytes that it has to move."""
+    """By name: what makes the call of a kernel on a weight ``(n, k)``, and the bytes that it has to move.
+
+    ``find`` gives an op's function by its name: the launcher of its Triton kernel by default.
+    """
     weight, dweight = (torch.randn(n, k, device=device).to(dtype) for _ in range(2))
     logits, total = random_logits(n, k, device=device), torch.randn(n, k, device=device)
     t, dl0 = torch.tensor(1.5, device=device), torch.tensor(1e-8, device=device)
@@ -52,8 +59,7 @@ def elementwise_calls(
 
     def launcher(op: str, *arguments: Any) -> Callable[[], Callable[[], Any]]:
         def make() -> Callable[[], Any]:
-            launch = triton_kernel(op)
-            return functools.partial(launch, *arguments)
+            return functools.partial(find(op), *arguments)
 
         return make
 
