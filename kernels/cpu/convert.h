@@ -145,32 +145,27 @@ static inline void end_streaming(bool streamed) {
 }
 
 template <typename Type>
-static void store_as(const float* __restrict values, int64_t count, void* data, int64_t stride, bool stream) {
-  using Storage = typename Type::Storage;
-  auto* __restrict target = static_cast<Storage*>(data);
-  if (stride == 1 && stream) {
-    alignas(64) Storage buffer[kBlock];
-    for (int64_t i = 0; i < count; ++i) buffer[i] = Type::store(values[i]);
-    stream_bytes(target, buffer, count * static_cast<int64_t>(sizeof(Storage)));
-  } else if (stride == 1) {
+static void store_as(const float* __restrict values, int64_t count, void* data, int64_t stride) {
+  auto* __restrict target = static_cast<typename Type::Storage*>(data);
+  if (stride == 1) {
     for (int64_t i = 0; i < count; ++i) target[i] = Type::store(values[i]);
   } else {
     for (int64_t i = 0; i < count; ++i) target[i * stride] = Type::store(values[i]);
   }
 }
 
-// Rounds `count` <= kBlock fp32 values once and writes them.
+// Rounds fp32 values once and writes them; `stream` is for contiguous fp32, where it pays.
 static inline void store(const float* values, int64_t count, void* data, Dtype dtype, int64_t stride, bool stream) {
   switch (dtype) {
     case Dtype::float32:
       if (stride == 1 && stream) {
         stream_bytes(data, values, count * 4);
       } else {
-        store_as<Float32>(values, count, data, stride, false);
+        store_as<Float32>(values, count, data, stride);
       }
       break;
-    case Dtype::bfloat16: store_as<BFloat16>(values, count, data, stride, stream); break;
-    case Dtype::float16: store_as<Float16>(values, count, data, stride, stream); break;
+    case Dtype::bfloat16: store_as<BFloat16>(values, count, data, stride); break;
+    case Dtype::float16: store_as<Float16>(values, count, data, stride); break;
   }
 }
 

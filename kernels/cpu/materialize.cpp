@@ -14,7 +14,7 @@ namespace {
 // Sums run in this many interleaved fp32 lanes, a multiple of every vector length, so that all instruction sets add in
 // the same order.
 constexpr int kLanes = 16;
-// After so many elements the lanes are added up in double: 16 fp32 additions in a row, an error of 16 half ulp at most.
+// After so many elements the lanes go on in double: 16 fp32 additions in a row, an error of 16 half ulp at most.
 constexpr int64_t kLaneSumLength = 16 * kLanes;
 constexpr float kUndecidedBound = 4.0f;
 
@@ -32,7 +32,7 @@ void masks_of(const float* __restrict logits, int64_t count, const Mask& mask, f
 }
 
 double sum(const float* values, int64_t count) {
-  double total = 0.0;
+  double totals[kLanes] = {};
   for (int64_t begin = 0; begin < count; begin += kLaneSumLength) {
     const int64_t end = count - begin < kLaneSumLength ? count : begin + kLaneSumLength;
     float lanes[kLanes] = {};
@@ -41,8 +41,10 @@ double sum(const float* values, int64_t count) {
       for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
     }
     for (int lane = 0; i + lane < end; ++lane) lanes[lane] += values[i + lane];
-    for (int lane = 0; lane < kLanes; ++lane) total += static_cast<double>(lanes[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) totals[lane] += static_cast<double>(lanes[lane]);
   }
+  double total = 0.0;
+  for (int lane = 0; lane < kLanes; ++lane) total += totals[lane];
   return total;
 }
 
@@ -59,6 +61,32 @@ void count(const float* __restrict logits, int64_t n, float temperature, MaskPar
 
 void multiply(const float* __restrict weight, const float* __restrict masks, int64_t n, float* __restrict values) {
   for (int64_t i = 0; i < n; ++i) values[i] = weight[i] * masks[i];
+}
+
+// The same from and to contiguous memory of any dtype, in one pass.
+template <typename In, typename Out>
+void multiply_as(const void* weight, const float* __restrict masks, int64_t n, void* out) {
+  const auto* __restrict w = static_cast<const typename In::Storage*>(weight);
+  auto* __restrict o = static_cast<typename Out::Storage*>(out);
+  for (int64_t i = 0; i < n; ++i) o[i] = Out::store(In::load(w[i]) * masks[i]);
+}
+
+template <typename In>
+void multiply_to(const void* weight, const float* masks, int64_t n, void* out, Dtype out_dtype) {
+  switch (out_dtype) {
+    case Dtype::float32: multiply_as<In, Float32>(weight, masks, n, out); break;
+    case Dtype::bfloat16: multiply_as<In, BFloat16>(weight, masks, n, out); break;
+    case Dtype::float16: multiply_as<In, Float16>(weight, masks, n, out); break;
+  }
+}
+
+void multiply_contiguous(const void* weight, Dtype weight_dtype, const float* masks, int64_t n, void* out,
+                         Dtype out_dtype) {
+  switch (weight_dtype) {
+    case Dtype::float32: multiply_to<Float32>(weight, masks, n, out, out_dtype); break;
+    case Dtype::bfloat16: multiply_to<BFloat16>(weight, masks, n, out, out_dtype); break;
+    case Dtype::float16: multiply_to<Float16>(weight, masks, n, out, out_dtype); break;
+  }
 }
 
 // A select and not a product, so that an infinite or NaN weight outside the circuit gives +0.
@@ -107,6 +135,10 @@ void write_run(const MaterializeArgs& args, const int64_t* offsets, const float*
     } else {
       select_bits<Bits16>(weight, weight_stride, logits, n, out, out_stride);
     }
+    return;
+  }
+  if (!args.mask.hard && !args.stream && weight_stride == 1 && out_stride == 1) {
+    multiply_contiguous(weight, args.weight_dtype, masks, n, out, args.out_dtype);
     return;
   }
   const float* w = load(weight, args.weight_dtype, weight_stride, n, buffers.weight);
