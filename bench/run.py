@@ -23,7 +23,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is loaded: its profiler writes to stderr
+# Before torch is loaded: its profiler writes to stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from cases import device_name, shapes
@@ -85,10 +87,26 @@ def main(arguments: list[str]) -> int:
     finally:
         results.save()
     print(f"{'stopped: what was measured is' if stopped else f'{len(results.rows)} rows are'} in {results.path}")
+    _judge(context, options, not stopped and options.profile)
     failures = context.record["failures"]
     for failure in failures:
         print(f"FAILED {failure['what']}: {failure['error']}", file=sys.stderr)
     return 130 if stopped else int(bool(failures))
+
+
+def _judge(context: Context, options: argparse.Namespace, profile: bool) -> None:
+    """Print the targets that were measured, met or missed, and on request the profiles of those that were missed."""
+    from profile_rows import profile_of
+    from verdict import verdicts
+
+    found = verdicts(context.results.rows) if options.device == "cpu" else []
+    for one in found:
+        print(one)
+    missed = [one for one in found if not one.met]
+    if found:
+        print(f"{len(found) - len(missed)} of {len(found)} targets met{', in times that mean nothing' * options.quick}")
+    for one in missed if profile else []:
+        print(profile_of(one, context.device, options.quick))
 
 
 def _run(context: Context, options: argparse.Namespace) -> None:
