@@ -15,6 +15,9 @@ using namespace nb::literals;
 NB_MODULE(_cpu, module) {
   module.doc() = "C++ kernels of csmask for the CPU.";
   csmask::bind_masks(module);
+  csmask::bind_neurons(module);
+  csmask::bind_bitmask(module);
+  csmask::bind_philox(module);
   module.def(
       "instruction_set", [] { return std::string(csmask::instruction_set().name); }, "The instruction set in use.");
   module.def("instruction_sets", &csmask::instruction_sets, "Those this CPU can run, best first.");

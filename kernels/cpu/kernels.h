@@ -66,12 +66,145 @@ struct LogitsGradArgs {
   bool stream;
 };
 
+// Element i of a layout belongs to unit i / inner % count.
+struct Units {
+  int64_t count;
+  int64_t inner;
+};
+
+// One value for each unit.
+struct UnitValues {
+  const void* data;  // null for none
+  Dtype dtype;
+  int64_t stride;
+};
+
+struct ScaleNeuronsArgs {
+  Layout layout;  // operands: out, z
+  Units units;
+  void* out;
+  Dtype out_dtype;
+  const void* z;
+  Dtype z_dtype;
+  UnitValues masks;  // m or, where hard, the logits
+  UnitValues bias;
+  bool hard;
+  float scale;  // of a hard mask
+  bool stream;
+};
+
+constexpr int64_t kUnitsPerTile = 1024;  // whose sums in double stay in the L1 cache
+
+// Rows are units * inner elements. A tile is `rows` of them by `units`: the unit of work and of partial sums.
+struct NeuronTiles {
+  int64_t rows;
+  int64_t units;       // <= kUnitsPerTile
+  int64_t row_tiles;   // tiles one below the other
+  int64_t unit_tiles;  // tiles side by side
+};
+
+struct NeuronSumsArgs {
+  Layout layout;  // operands: dz (z where there is none), z, dout
+  Units units;
+  int64_t rows;
+  NeuronTiles tiles;
+  void* dz;  // null where only the sums are wanted
+  Dtype dz_dtype;
+  const void* z;
+  Dtype z_dtype;
+  const void* dout;
+  Dtype dout_dtype;
+  UnitValues masks;  // m
+  double* sums;      // (row_tiles, units)
+  bool stream;
+};
+
+struct NeuronLogitsGradArgs {
+  const double* sums;  // (parts, units)
+  int64_t parts;
+  int64_t units;
+  const float* logits;
+  int64_t logits_stride;
+  float* dlogits;
+  int64_t dlogits_stride;
+  bool add;  // to what dlogits holds
+  float temperature;
+  float scale;
+  double dl0;  // times the weights of a unit
+};
+
+constexpr int kWordBits = 32;
+
+struct BitWords {
+  const uint32_t* words;
+  int64_t stride;
+};
+
+struct PackMaskArgs {
+  Layout layout;  // operands: the logical order, logits
+  const void* logits;
+  Dtype dtype;
+  uint32_t* words;
+};
+
+struct UnpackMaskArgs {
+  BitWords bits;
+  uint8_t* kept;  // contiguous, 0 or 1
+  int64_t count;
+};
+
+struct ApplyBitmaskArgs {
+  Layout layout;  // operands: out, weight, index of the element's bit less `start`
+  void* out;
+  Dtype out_dtype;
+  const void* weight;
+  Dtype weight_dtype;
+  BitWords bits;
+  int64_t start;
+  float scale;
+  bool stream;
+};
+
+enum class PhiloxKind { words, uniform, normal };
+
+struct PhiloxArgs {
+  void* out;  // contiguous; int64 for words
+  Dtype dtype;
+  int64_t count;
+  PhiloxKind kind;
+  uint64_t first_block;  // the counter that element 0 is drawn from
+  uint32_t seed_lo;
+  uint32_t seed_hi;
+  uint32_t stream_index;
+  uint32_t purpose;
+  float scale;
+  bool stream;
+};
+
 // The kernels of one instruction set. Each does blocks first <= b < last of its operands' elements.
 struct Kernels {
   // out = round(weight * m), partials[b] = sums of the mask
   void (*materialize)(const MaterializeArgs& args, int64_t first, int64_t last, MaskPartial* partials);
   // dlogits (+)= (dmasked_weight * weight + dl0) * dm/dS
   void (*logits_grad)(const LogitsGradArgs& args, int64_t first, int64_t last);
+  // masks[u] = scale * sigmoid(temperature * logits[u])
+  void (*unit_masks)(const float* logits, int64_t stride, int64_t count, float temperature, float scale, float* masks);
+  // out = round(z * m[u] + bias[u])
+  void (*scale_neurons)(const ScaleNeuronsArgs& args, int64_t first, int64_t last);
+  // dz = round(dout * m[u]), sums = partial sums of dout * z over each unit, by tiles instead of blocks
+  void (*neuron_sums)(const NeuronSumsArgs& args, int64_t first, int64_t last);
+  // dlogits (+)= (sum of the partial sums + dl0) * dm/dS, by units instead of blocks
+  void (*neuron_logits_grad)(const NeuronLogitsGradArgs& args, int64_t first, int64_t last);
+  // words = S > 0, bit by bit
+  void (*pack_mask)(const PackMaskArgs& args, int64_t first, int64_t last);
+  // kept = the bits, a byte each
+  void (*unpack_mask)(const UnpackMaskArgs& args, int64_t first, int64_t last);
+  // how many bits are set, by words instead of blocks
+  int64_t (*popcount)(const BitWords& bits, int64_t first, int64_t last);
+  // out = round(weight * scale) where the bit is set, else 0
+  void (*apply_bitmask)(const ApplyBitmaskArgs& args, int64_t first, int64_t last);
+  // out = random draws
+  void (*philox)(const PhiloxArgs& args, int64_t first, int64_t last);
 };
 
 }  // namespace csmask

@@ -1,0 +1,195 @@
+// scale_neurons: out = round(z * m[u] + b[u]), u the unit that an element belongs to; and its gradients, dz =
+// round(dout
+// * m[u]) with the sums of dout * z over each unit, which become dS[u] = (sum + dl0) * dm/dS.
+//
+// Bytes moved per element in bf16: 2 (z) + 2 (out); backward 2 (dout) + 2 (z) + 2 (dz), in one pass. The sums alone are
+// the gradient of logits that a unit's weights share: dout is then the masked weight's gradient, and z the weight.
+#include "blocks.h"
+#include "convert.h"
+#include "kernels.h"
+#include "mask.h"
+#include "ops.h"
+
+namespace csmask {
+namespace CSMASK_ISA {
+namespace {
+
+// Sums run in so many interleaved fp32 lanes, a multiple of every vector length: one order for all instruction sets.
+constexpr int kLanes = 16;
+// After so many elements the lanes are added up in double: 16 fp32 additions in a row at most.
+constexpr int64_t kLaneSumLength = 16 * kLanes;
+
+// Calls body(unit, done, count) for the elements of a block that belong together: `count` elements of one unit or,
+// where inner is 1, one element each of units unit, unit + 1, ...
+template <typename Body>
+void for_units(const Units& units, int64_t begin, int64_t count, const Body& body) {
+  int64_t unit = begin / units.inner % units.count;
+  int64_t left = units.inner - begin % units.inner;
+  for (int64_t done = 0; done < count;) {
+    if (units.inner == 1) left = units.count - unit;
+    const int64_t n = left < count - done ? left : count - done;
+    body(unit, done, n);
+    done += n;
+    left = units.inner;
+    unit += units.inner == 1 ? n : 1;
+    if (unit == units.count) unit = 0;
+  }
+}
+
+// One value per unit as one per element of a block.
+void spread(const Units& units, const UnitValues& values, int64_t begin, int64_t count, float* buffer) {
+  const int64_t stride = units.inner == 1 ? values.stride : 0;
+  for_units(units, begin, count, [&](int64_t unit, int64_t done, int64_t n) {
+    load_into(at(values.data, values.dtype, unit * values.stride), values.dtype, stride, n, buffer + done);
+  });
+}
+
+void multiply(const float* __restrict z, const float* __restrict masks, int64_t n, float* __restrict values) {
+  for (int64_t i = 0; i < n; ++i) values[i] = z[i] * masks[i];
+}
+
+// A select and not a product, so that an infinite or NaN element of a pruned unit gives +0.
+void select(const float* __restrict z, const float* __restrict logits, float scale, int64_t n,
+            float* __restrict values) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t kept = logits[i] > 0.0f ? 0xffffffffu : 0u;
+    values[i] = float_from_bits(float_bits(z[i] * scale) & kept);
+  }
+}
+
+void add(const float* __restrict terms, int64_t n, float* __restrict values) {
+  for (int64_t i = 0; i < n; ++i) values[i] += terms[i];
+}
+
+double dot(const float* a, const float* b, int64_t count) {
+  double total = 0.0;
+  for (int64_t begin = 0; begin < count; begin += kLaneSumLength) {
+    const int64_t end = count - begin < kLaneSumLength ? count : begin + kLaneSumLength;
+    float lanes[kLanes] = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+    }
+    for (int lane = 0; i + lane < end; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
+    double halves[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = static_cast<double>(lanes[lane]);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
+    }
+    total += halves[0];
+  }
+  return total;
+}
+
+void add_products(const float* __restrict a, const float* __restrict b, int64_t n, double* __restrict sums) {
+  for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(a[i] * b[i]);
+}
+
+struct Buffers {
+  alignas(64) float z[kBlock];
+  alignas(64) float dout[kBlock];
+  alignas(64) float masks[kBlock];
+  alignas(64) float values[kBlock];
+};
+
+// dz, and sums[u - first_unit] += dout * z, over elements begin <= i < end in pieces of a block.
+void grad_range(const NeuronSumsArgs& args, int64_t begin, int64_t end, int64_t first_unit, double* sums,
+                Buffers& buffers) {
+  for (; begin < end; begin += kBlock) {
+    const int64_t stop = end - begin < kBlock ? end : begin + kBlock;
+    const int64_t count = stop - begin;
+    const float* z = gather(args.layout, 1, args.z, args.z_dtype, begin, stop, buffers.z);
+    const float* dout = gather(args.layout, 2, args.dout, args.dout_dtype, begin, stop, buffers.dout);
+    if (args.dz != nullptr) {
+      spread(args.units, args.masks, begin, count, buffers.masks);
+      multiply(dout, buffers.masks, count, buffers.values);
+      scatter(args.layout, args.dz, args.dz_dtype, begin, stop, buffers.values, args.stream);
+    }
+    for_units(args.units, begin, count, [&](int64_t unit, int64_t done, int64_t n) {
+      if (args.units.inner == 1) {
+        add_products(dout + done, z + done, n, sums + (unit - first_unit));
+      } else {
+        sums[unit - first_unit] += dot(dout + done, z + done, n);
+      }
+    });
+  }
+}
+
+}  // namespace
+
+void unit_masks(const float* logits, int64_t stride, int64_t count, float temperature, float scale, float* masks) {
+  load_into(logits, Dtype::float32, stride, count, masks);
+  for (int64_t i = 0; i < count; ++i) masks[i] = scale * sigmoid(temperature * masks[i]);
+}
+
+void scale_neurons(const ScaleNeuronsArgs& args, int64_t first, int64_t last) {
+  Buffers buffers;
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t begin = block * kBlock;
+    const int64_t end = block_end(args.layout, block);
+    const int64_t count = end - begin;
+    const float* z = gather(args.layout, 1, args.z, args.z_dtype, begin, end, buffers.z);
+    spread(args.units, args.masks, begin, count, buffers.masks);
+    if (args.hard) {
+      select(z, buffers.masks, args.scale, count, buffers.values);
+    } else {
+      multiply(z, buffers.masks, count, buffers.values);
+    }
+    if (args.bias.data != nullptr) {
+      spread(args.units, args.bias, begin, count, buffers.masks);
+      add(buffers.masks, count, buffers.values);
+    }
+    scatter(args.layout, args.out, args.out_dtype, begin, end, buffers.values, args.stream);
+  }
+  end_streaming(args.stream);
+}
+
+void neuron_sums(const NeuronSumsArgs& args, int64_t first, int64_t last) {
+  Buffers buffers;
+  alignas(64) double sums[kUnitsPerTile];
+  const NeuronTiles& tiles = args.tiles;
+  for (int64_t tile = first; tile < last; ++tile) {
+    const int64_t row_tile = tile / tiles.unit_tiles;
+    const int64_t unit = tile % tiles.unit_tiles * tiles.units;
+    const int64_t row = row_tile * tiles.rows;
+    const int64_t row_end = args.rows - row < tiles.rows ? args.rows : row + tiles.rows;
+    const int64_t units = args.units.count - unit < tiles.units ? args.units.count - unit : tiles.units;
+    const int64_t length = units * args.units.inner;
+    const int64_t row_length = args.units.count * args.units.inner;
+    for (int64_t i = 0; i < units; ++i) sums[i] = 0.0;
+    if (length == row_length) {  // whole rows: one range, cut into whole blocks however short a row is
+      grad_range(args, row * row_length, row_end * row_length, 0, sums, buffers);
+    } else {
+      for (int64_t r = row; r < row_end; ++r) {
+        const int64_t begin = r * row_length + unit * args.units.inner;
+        grad_range(args, begin, begin + length, unit, sums, buffers);
+      }
+    }
+    double* results = args.sums + row_tile * args.units.count + unit;
+    for (int64_t i = 0; i < units; ++i) results[i] = sums[i];
+  }
+  end_streaming(args.stream);
+}
+
+void neuron_logits_grad(const NeuronLogitsGradArgs& args, int64_t first, int64_t last) {
+  constexpr int64_t kUnits = 256;
+  double sums[kUnits];
+  for (int64_t begin = first; begin < last; begin += kUnits) {
+    const int64_t count = last - begin < kUnits ? last - begin : kUnits;
+    for (int64_t i = 0; i < count; ++i) sums[i] = args.dl0;
+    for (int64_t part = 0; part < args.parts; ++part) {
+      const double* terms = args.sums + part * args.units + begin;
+      for (int64_t i = 0; i < count; ++i) sums[i] += terms[i];
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float logit = args.logits[(begin + i) * args.logits_stride];
+      const float derivative = args.temperature * sigmoid_derivative(args.temperature * logit) * args.scale;
+      float* dlogit = args.dlogits + (begin + i) * args.dlogits_stride;
+      const float value = static_cast<float>(sums[i]) * derivative;
+      *dlogit = args.add ? *dlogit + value : value;
+    }
+  }
+}
+
+}  // namespace CSMASK_ISA
+}  // namespace csmask
