@@ -127,7 +127,7 @@ def measure(job: Job) -> list[Measured]:
         one = Measured(kernel, size, 2 * source.nbytes)
         found.append(one)
         try:
-            _check(kernel, n, dtype, device)
+            check(kernel, n, dtype, device)
             turns = {"copy": lambda: target.copy_(source), "csmask": call()}
             with torch.no_grad():
                 times = clock.measure(turns, job.seconds, graph=False)
@@ -150,7 +150,7 @@ def _calls(n: int, dtype: torch.dtype, device: torch.device, find: Callable[[str
     return elementwise_calls(n, n, dtype, device, find)
 
 
-def _check(kernel: str, n: int, dtype: torch.dtype, device: torch.device) -> None:
+def check(kernel: str, n: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raise unless the op gives, up to rounding, what it gives in plain torch on the same tensors."""
     results = []
     for find in (lambda op: getattr(ops, op), _plain.OPS.__getitem__):
