@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _plain
+from . import _plain, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGE = 4 << 20  # bytes: two huge pages
@@ -111,12 +111,33 @@ def _write_logits_grad(
     if kernels is None or not has_kernel(mask_logits, weight.dtype, dmasked_weight.dtype):
         return False
     if mask_logits.shape != weight.shape:
-        return False
+        return _write_unit_grad(dlogits, dmasked_weight, weight, mask_logits, temperature, dl0, scale, add)
     given = (dmasked_weight.detach(), weight.detach())
     kernels.logits_grad(
         dlogits, *(None, None) if _is_zero(dmasked_weight) else given, mask_logits.detach(), temperature.item(),
         as_number(dl0), scale, add, torch.get_num_threads(),
     )  # fmt: skip
+    return True
+
+
+def _write_unit_grad(
+    dlogits: Tensor, dmasked_weight: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor,
+    dl0: Tensor | None, scale: float, add: bool,
+) -> bool:  # fmt: skip
+    """The same where the weights of a unit share a logit: its gradient is a sum over them."""
+    dims = [d for d, size in enumerate(mask_logits.shape) if size != 1]
+    if kernels is None or len(dims) > 1 or mask_logits.dim() != weight.dim():
+        return False
+    threads, logits, grad = torch.get_num_threads(), mask_logits.detach().view(-1), dlogits.view(-1)
+    dl0_of_unit = as_number(dl0) * reference.weights_per_logit(weight, mask_logits)
+    if _is_zero(dmasked_weight):
+        kernels.logits_grad(grad, None, None, logits, temperature.item(), dl0_of_unit, scale, add, threads)
+        return True
+    given = (dmasked_weight.detach(), weight.detach())
+    if not dims:  # one logit for all weights: a dimension of one unit
+        given, dims = (given[0].unsqueeze(0), given[1].unsqueeze(0)), [0]
+    mask = (logits, dims[0], temperature.item(), dl0_of_unit, scale)
+    kernels.logits_grad_units(grad, *given, *mask, add, threads)
     return True
 
 

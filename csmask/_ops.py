@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cpp, _cpp_linear, _plain, reference
+from . import _cpp, _cpp_linear, _cpp_units, _plain, reference
 
 ops = torch.ops.csmask
 _LIBRARY = torch.library.Library("csmask", "DEF")
@@ -155,7 +155,7 @@ def _without_grad(compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_CPU_OPS = {**_cpp.OPS, **_cpp_linear.OPS}
+_CPU_OPS = {**_cpp.OPS, **_cpp_linear.OPS, **_cpp_units.OPS}
 for _name, (_schema, _triton_file) in SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, _without_grad(_plain.OPS[_name]), "CompositeExplicitAutograd")

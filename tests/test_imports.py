@@ -22,7 +22,7 @@ LEVELS = [
     {"config", "philox", "reference"},
     {"_plain"},
     {"_cpp"},
-    {"_cpp_linear"},
+    {"_cpp_linear", "_cpp_units"},
     {"_ops"},
     {"ablation", "autograd", "cost", "masked_weight"},  # ablation lies below layers, whose forward uses it
     {"functional"},
