@@ -1,0 +1,133 @@
+"""The README's CPU table as text, from rows of ``bench/run.py``."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from typing import Any
+
+from verdict import BANDWIDTH_KERNELS, values
+
+MARKERS = ("<!-- cpu-table:begin -->", "<!-- cpu-table:end -->")
+COLUMNS = ("dense", "eager", "eager (plain)", "compile", "per_forward", "in_kernel", "auto")
+# What rows call a measurement, and the README's sentence about it.
+LINEAR_MODES = {
+    "fwd_bwd": "Forward + backward of one linear layer",
+    "step of 8": "A step of 8 micro-batches with AdamW",
+}
+Rows = list[dict[str, Any]]
+
+
+def table_of(rows: Rows, plot: str) -> str:
+    """Everything between the markers: about the run, tables of times and ratios to dense, bandwidth, memory."""
+    parts = [_about(rows)]
+    for mode, title in LINEAR_MODES.items():
+        parts += _times(rows, mode, "masked_linear", f"{title}, M x N x K")
+    models = [row["kernel"] for row in rows if row["mode"] == "end_to_end"]
+    parts += _models(rows, list(dict.fromkeys(models)))
+    parts += [_bandwidth(rows), _memory(rows)]
+    if any(row["mode"] == "fwd_bwd" for row in rows):
+        parts.append(f"![Time over dense, by shape]({plot})")
+    return "\n\n".join(part for part in parts if part)
+
+
+def between(readme: str) -> str | None:
+    """What stands between the markers now; None where they are not."""
+    found = re.search(f"{re.escape(MARKERS[0])}\n(.*?)\n?{re.escape(MARKERS[1])}", readme, re.DOTALL)
+    return found[1] if found else None
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with another text between its markers."""
+    before, rest = readme.split(MARKERS[0], 1)
+    after = rest.split(MARKERS[1], 1)[1]
+    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
+
+
+def _about(rows: Rows) -> str:
+    modes: dict[str, list[str]] = {}
+    for row in rows:
+        names = modes.setdefault(f"{row['time'][:10]}, {row['version']}", [])
+        if row["mode"] not in names:
+            names.append(row["mode"])
+    runs = [about if len(modes) == 1 else f"{', '.join(names)}: {about}" for about, names in modes.items()]
+    repeats = "Medians of interleaved repeats, as multiples of dense in the same run."
+    return _wrapped(f"{rows[0]['gpu']}; {'; '.join(runs)}. {repeats}")
+
+
+def _wrapped(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    align = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *lines))
+
+
+def _cells(times: dict[str, float], providers: list[str]) -> list[str]:
+    dense = times["dense"]
+    return [
+        "" if name not in times else _milliseconds(dense) if name == "dense" else f"{times[name] / dense:.2f}x"
+        for name in providers
+    ]
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.3g} s"
+
+
+def _present(by_x: dict[str, dict[str, float]]) -> list[str]:
+    return [name for name in COLUMNS if any(name in times for times in by_x.values())]
+
+
+def _times(rows: Rows, mode: str, kernel: str, title: str) -> list[str]:
+    found = {x: times for x, times in values(rows, mode, "time", kernel).items() if "dense" in times}
+    if not found:
+        return []
+    providers = _present(found)
+    return [_markdown([title, *providers], [[x, *_cells(times, providers)] for x, times in found.items()])]
+
+
+def _models(rows: Rows, models: list[str]) -> list[str]:
+    found = {}
+    for model in models:
+        for x, times in values(rows, "end_to_end", "time", model).items():
+            if "dense" in times:
+                found[f"{model}, {x}"] = times
+    if not found:
+        return []
+    providers = _present(found)
+    header = ["A training step of a whole model", *providers]
+    return [_markdown(header, [[x, *_cells(times, providers)] for x, times in found.items()])]
+
+
+def _bandwidth(rows: Rows) -> str:
+    copies = values(rows, "bandwidth", "rate", "copy")
+    if not copies:
+        return ""
+    parts = []
+    for kernel in BANDWIDTH_KERNELS:
+        reached = values(rows, "bandwidth", "of copy", kernel)
+        named = [f"{found['csmask']:.0f} % ({x.split()[0]})" for x, found in reached.items()]
+        parts += [f"`{kernel}` {', '.join(named)}"] if named else []
+    rate = max(found["torch"] for found in copies.values())
+    return _wrapped(f"Of the bandwidth of a copy ({rate:.0f} GB/s, read and written): {'; '.join(parts)}.")
+
+
+def _memory(rows: Rows) -> str:
+    """Kept and scratch bytes of one layer, and scratch of several in a row, by provider."""
+    kept, scratch = values(rows, "memory", "kept"), values(rows, "memory", "scratch")
+    lines = []
+    several = next((x.rpartition(", ")[2] for x in scratch if not x.endswith(", 1 layer")), "")
+    providers = _present(kept)
+    for x in kept:
+        shape, _, count = x.rpartition(", ")
+        if count != "1 layer":
+            continue
+        for what, found in (("kept", kept[x]), ("scratch", scratch[x]), (several, scratch.get(f"{shape}, {several}"))):
+            if found:
+                label = f"{shape}, {what if what != several else f'scratch of {several}'}"
+                lines.append([label, *(f"{found[name]:.1f}" if name in found else "" for name in providers)])
+    if not lines:
+        return ""
+    return _markdown(["Bytes per weight of a layer beyond W, S, S.grad", *providers], lines)
