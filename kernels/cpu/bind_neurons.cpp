@@ -239,8 +239,8 @@ or an out that overlaps itself or an argument.)");
 dlogits[u] = (sum over u of dout * z + dl0) * dm/dS.
 
 Arrays as in scale_neurons: dz, z and dout of one shape, dlogits as mask_logits. dl0: the gradient of l0, times the
-weights that one logit decides about. Sums are fp32 over at most 16 products in a row, then double, in an order that
-depends on shapes and on dz's strides only.)");
+weights that one logit decides about. Products are rounded to fp32 and added in double, in an order that depends on
+shapes and on dz's strides only.)");
   module.def("logits_grad_units", &logits_grad_units, "dlogits"_a.noconvert(), "dmasked_weight"_a.noconvert(),
              "weight"_a.noconvert(), "mask_logits"_a.noconvert(), "dim"_a, "temperature"_a, "dl0"_a, "scale"_a, "add"_a,
              "threads"_a,

@@ -14,10 +14,9 @@ namespace csmask {
 namespace CSMASK_ISA {
 namespace {
 
-// Sums run in so many interleaved fp32 lanes, a multiple of every vector length: one order for all instruction sets.
+// Sums run in so many interleaved lanes, a multiple of every vector length: one order for all instruction sets.
+// Products are rounded to fp32 and added in double.
 constexpr int kLanes = 16;
-// After so many elements the lanes are added up in double: 16 fp32 additions in a row at most.
-constexpr int64_t kLaneSumLength = 16 * kLanes;
 
 // Calls body(unit, done, count) for the elements of a block that belong together: `count` elements of one unit or,
 // where inner is 1, one element each of units unit, unit + 1, ...
@@ -62,23 +61,16 @@ void add(const float* __restrict terms, int64_t n, float* __restrict values) {
 }
 
 double dot(const float* a, const float* b, int64_t count) {
-  double total = 0.0;
-  for (int64_t begin = 0; begin < count; begin += kLaneSumLength) {
-    const int64_t end = count - begin < kLaneSumLength ? count : begin + kLaneSumLength;
-    float lanes[kLanes] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-    }
-    for (int lane = 0; i + lane < end; ++lane) lanes[lane] += a[i + lane] * b[i + lane];
-    double halves[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) halves[lane] = static_cast<double>(lanes[lane]);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
-    }
-    total += halves[0];
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += static_cast<double>(a[i + lane] * b[i + lane]);
   }
-  return total;
+  for (int lane = 0; i + lane < count; ++lane) lanes[lane] += static_cast<double>(a[i + lane] * b[i + lane]);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
 }
 
 void add_products(const float* __restrict a, const float* __restrict b, int64_t n, double* __restrict sums) {
