@@ -8,6 +8,7 @@ is rounded once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,12 +35,22 @@ def _blocks(features: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, features)) for start in range(0, features, size))
 
 
+_memory = threading.local()
+
+
 def _scratch(like: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
-    """Memory for blocks of ``size`` of the 2-d tensor's dimension ``dim``, rows contiguous where its rows are."""
+    """Memory for blocks of ``size`` of the 2-d tensor's dimension ``dim``, rows contiguous where its rows are.
+
+    It is this thread's, the same for all layers: to ask for it anew each time costs page faults.
+    """
     shape = [size if d == dim else n for d, n in enumerate(like.shape)]
-    if like.stride(0) < like.stride(1):
-        return torch.empty(shape[1], shape[0], dtype=dtype).t()
-    return torch.empty(shape, dtype=dtype)
+    is_transposed = like.stride(0) < like.stride(1)
+    nbytes = shape[0] * shape[1] * dtype.itemsize
+    if getattr(_memory, "bytes", None) is None or _memory.bytes.numel() < nbytes:
+        with torch.inference_mode(False):  # it outlives this call
+            _memory.bytes = torch.empty(nbytes, dtype=torch.uint8)
+    flat = _memory.bytes[:nbytes].view(dtype)
+    return flat.view(shape[1], shape[0]).t() if is_transposed else flat.view(shape)
 
 
 def masked_linear(
