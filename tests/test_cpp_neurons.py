@@ -12,7 +12,7 @@ from csmask import _cpp, _cpp_units, testing
 _cpu = pytest.importorskip("csmask_kernels._cpu", reason="the C++ back end is not built")
 
 BLOCK = 2048  # elements per block
-TILE_UNITS = 1024  # units per tile of the sums
+TILE_UNITS = 1024  # units per tile of the sums where there are few rows
 TILE = 32768  # elements per tile of the sums
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -37,6 +37,8 @@ LAYOUTS = {
     "block+1": (normal(3, BLOCK + 1), 1),
     "tile-1": (normal(5, TILE_UNITS - 1), 1),
     "tile+1": (normal(5, TILE_UNITS + 1), 1),
+    "tiles-both-ways": (normal(70, TILE_UNITS + 1), 1),
+    "rows-too-many-to-cut": (normal(257, TILE_UNITS + 1), 1),
     "many-rows": (normal(TILE // 61 * 3 + 1, 61), 1),  # more than three tiles of rows
     "more-rows-than-64-tiles": (normal(70 * TILE // 512 + 1, 512), 1),
     "sequences": (normal(2, 5, 19), 2),
@@ -59,7 +61,7 @@ LAYOUTS = {
 SMALL = [name for name, (z, _) in LAYOUTS.items() if z.numel() < 20_000]
 # Those with work for several threads, cut along units, rows or both.
 SEVERAL_TILES = [
-    "one-row", "many-rows", "channels-first", "channels-last", "conv1d-two-units-per-tile", "more-rows-than-64-tiles",
+    "one-row", "tiles-both-ways", "rows-too-many-to-cut", "many-rows", "channels-first", "channels-last", "conv1d-two-units-per-tile", "more-rows-than-64-tiles",
 ]  # fmt: skip
 # name: hard, scale, bias
 MASKS = {

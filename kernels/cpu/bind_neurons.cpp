@@ -19,8 +19,14 @@ namespace {
 // What a thread is worth starting for, in elements, and the size of a tile, which is a little more.
 constexpr std::int64_t kGrain = kBlocksPerThread * kBlock;
 constexpr std::int64_t kTile = 2 * kGrain;
-// So many partial sums per unit at most, however many rows there are.
+// So many partial sums per unit at most, however many rows there are; and what reading and writing them costs is shared
+// by so many rows at least.
 constexpr std::int64_t kMostRowTiles = 64;
+constexpr std::int64_t kLeastRows = 16;
+// Units per tile where their elements lie side by side and the rows are too few to be shared out among threads. Where
+// there are enough of them, rows stay whole: cut in pieces, they are read at half the speed.
+constexpr std::int64_t kUnitsPerTile = 1024;
+constexpr std::int64_t kEnoughRows = 16 * kLeastRows;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -63,8 +69,13 @@ std::vector<float> masks_of(const Operand& logits, double temperature, double sc
 // By shapes alone, so that results do not depend on the number of threads.
 NeuronTiles tiles_of(const Units& units, std::int64_t rows) {
   NeuronTiles tiles{};
-  tiles.units = std::min({units.count, kUnitsPerTile, std::max<std::int64_t>(1, kTile / units.inner)});
-  tiles.rows = std::max(ceil_div(kTile, tiles.units * units.inner), ceil_div(rows, kMostRowTiles));
+  if (units.inner == 1) {
+    tiles.units = rows < kEnoughRows ? std::min(units.count, kUnitsPerTile) : units.count;
+    tiles.rows = std::max({kLeastRows, ceil_div(kTile, tiles.units), ceil_div(rows, kMostRowTiles)});
+  } else {
+    tiles.units = std::min(units.count, std::max<std::int64_t>(1, kTile / units.inner));
+    tiles.rows = std::max(ceil_div(kTile, tiles.units * units.inner), ceil_div(rows, kMostRowTiles));
+  }
   tiles.row_tiles = ceil_div(rows, tiles.rows);
   tiles.unit_tiles = ceil_div(units.count, tiles.units);
   return tiles;

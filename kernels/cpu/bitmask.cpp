@@ -123,13 +123,15 @@ void pack_mask(const PackMaskArgs& args, int64_t first, int64_t last) {
 }
 
 void unpack_mask(const UnpackMaskArgs& args, int64_t first, int64_t last) {
+  const BitWords bits = args.bits;
+  uint8_t* __restrict kept = args.kept;
   const int64_t end = last * kBlock < args.count ? last * kBlock : args.count;
   for (int64_t begin = first * kBlock; begin < end; begin += kWordBits) {
-    const uint32_t word = args.bits.words[begin / kWordBits * args.bits.stride];
+    const uint32_t word = bits.words[begin / kWordBits * bits.stride];
     if (end - begin >= kWordBits) {
-      for (int j = 0; j < kWordBits; ++j) args.kept[begin + j] = (word & kBit[j]) != 0 ? 1 : 0;
+      for (int j = 0; j < kWordBits; ++j) kept[begin + j] = (word & kBit[j]) != 0 ? 1 : 0;
     } else {
-      for (int64_t j = 0; j < end - begin; ++j) args.kept[begin + j] = (word & kBit[j]) != 0 ? 1 : 0;
+      for (int64_t j = 0; j < end - begin; ++j) kept[begin + j] = (word & kBit[j]) != 0 ? 1 : 0;
     }
   }
 }

@@ -93,12 +93,10 @@ struct ScaleNeuronsArgs {
   bool stream;
 };
 
-constexpr int64_t kUnitsPerTile = 1024;  // whose sums in double stay in the L1 cache
-
 // Rows are units * inner elements. A tile is `rows` of them by `units`: the unit of work and of partial sums.
 struct NeuronTiles {
   int64_t rows;
-  int64_t units;       // <= kUnitsPerTile
+  int64_t units;
   int64_t row_tiles;   // tiles one below the other
   int64_t unit_tiles;  // tiles side by side
 };

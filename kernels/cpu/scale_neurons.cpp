@@ -17,6 +17,9 @@ namespace {
 // Sums run in so many interleaved lanes, a multiple of every vector length: one order for all instruction sets.
 // Products are rounded to fp32 and added in double.
 constexpr int kLanes = 16;
+// Elements worked on at a time: all that a pass needs of them stays in the L1 cache.
+constexpr int64_t kPiece = 512;
+static_assert(kBlock % kPiece == 0, "a block is a whole number of pieces");
 
 // Calls body(unit, done, count) for the elements of a block that belong together: `count` elements of one unit or,
 // where inner is 1, one element each of units unit, unit + 1, ...
@@ -35,12 +38,19 @@ void for_units(const Units& units, int64_t begin, int64_t count, const Body& bod
   }
 }
 
-// One value per unit as one per element of a block.
-void spread(const Units& units, const UnitValues& values, int64_t begin, int64_t count, float* buffer) {
+// One value per unit as one per element of a piece: in `buffer` or, where they lie as needed already, where they are.
+const float* spread(const Units& units, const UnitValues& values, int64_t begin, int64_t count, float* buffer) {
   const int64_t stride = units.inner == 1 ? values.stride : 0;
+  const float* found = buffer;
   for_units(units, begin, count, [&](int64_t unit, int64_t done, int64_t n) {
-    load_into(at(values.data, values.dtype, unit * values.stride), values.dtype, stride, n, buffer + done);
+    const void* run = at(values.data, values.dtype, unit * values.stride);
+    if (n == count) {
+      found = load(run, values.dtype, stride, n, buffer);
+    } else {
+      load_into(run, values.dtype, stride, n, buffer + done);
+    }
   });
+  return found;
 }
 
 void multiply(const float* __restrict z, const float* __restrict masks, int64_t n, float* __restrict values) {
@@ -78,23 +88,22 @@ void add_products(const float* __restrict a, const float* __restrict b, int64_t 
 }
 
 struct Buffers {
-  alignas(64) float z[kBlock];
-  alignas(64) float dout[kBlock];
-  alignas(64) float masks[kBlock];
-  alignas(64) float values[kBlock];
+  alignas(64) float z[kPiece];
+  alignas(64) float dout[kPiece];
+  alignas(64) float masks[kPiece];
+  alignas(64) float values[kPiece];
 };
 
-// dz, and sums[u - first_unit] += dout * z, over elements begin <= i < end in pieces of a block.
+// dz, and sums[u - first_unit] += dout * z, over elements begin <= i < end.
 void grad_range(const NeuronSumsArgs& args, int64_t begin, int64_t end, int64_t first_unit, double* sums,
                 Buffers& buffers) {
-  for (; begin < end; begin += kBlock) {
-    const int64_t stop = end - begin < kBlock ? end : begin + kBlock;
+  for (; begin < end; begin += kPiece) {
+    const int64_t stop = end - begin < kPiece ? end : begin + kPiece;
     const int64_t count = stop - begin;
     const float* z = gather(args.layout, 1, args.z, args.z_dtype, begin, stop, buffers.z);
     const float* dout = gather(args.layout, 2, args.dout, args.dout_dtype, begin, stop, buffers.dout);
     if (args.dz != nullptr) {
-      spread(args.units, args.masks, begin, count, buffers.masks);
-      multiply(dout, buffers.masks, count, buffers.values);
+      multiply(dout, spread(args.units, args.masks, begin, count, buffers.masks), count, buffers.values);
       scatter(args.layout, args.dz, args.dz_dtype, begin, stop, buffers.values, args.stream);
     }
     for_units(args.units, begin, count, [&](int64_t unit, int64_t done, int64_t n) {
@@ -116,29 +125,27 @@ void unit_masks(const float* logits, int64_t stride, int64_t count, float temper
 
 void scale_neurons(const ScaleNeuronsArgs& args, int64_t first, int64_t last) {
   Buffers buffers;
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * kBlock;
-    const int64_t end = block_end(args.layout, block);
-    const int64_t count = end - begin;
-    const float* z = gather(args.layout, 1, args.z, args.z_dtype, begin, end, buffers.z);
-    spread(args.units, args.masks, begin, count, buffers.masks);
+  const int64_t end = last * kBlock < args.layout.numel ? last * kBlock : args.layout.numel;
+  for (int64_t begin = first * kBlock; begin < end; begin += kPiece) {
+    const int64_t stop = end - begin < kPiece ? end : begin + kPiece;
+    const int64_t count = stop - begin;
+    const float* z = gather(args.layout, 1, args.z, args.z_dtype, begin, stop, buffers.z);
+    const float* masks = spread(args.units, args.masks, begin, count, buffers.masks);
     if (args.hard) {
-      select(z, buffers.masks, args.scale, count, buffers.values);
+      select(z, masks, args.scale, count, buffers.values);
     } else {
-      multiply(z, buffers.masks, count, buffers.values);
+      multiply(z, masks, count, buffers.values);
     }
     if (args.bias.data != nullptr) {
-      spread(args.units, args.bias, begin, count, buffers.masks);
-      add(buffers.masks, count, buffers.values);
+      add(spread(args.units, args.bias, begin, count, buffers.masks), count, buffers.values);
     }
-    scatter(args.layout, args.out, args.out_dtype, begin, end, buffers.values, args.stream);
+    scatter(args.layout, args.out, args.out_dtype, begin, stop, buffers.values, args.stream);
   }
   end_streaming(args.stream);
 }
 
 void neuron_sums(const NeuronSumsArgs& args, int64_t first, int64_t last) {
   Buffers buffers;
-  alignas(64) double sums[kUnitsPerTile];
   const NeuronTiles& tiles = args.tiles;
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t row_tile = tile / tiles.unit_tiles;
@@ -148,6 +155,7 @@ void neuron_sums(const NeuronSumsArgs& args, int64_t first, int64_t last) {
     const int64_t units = args.units.count - unit < tiles.units ? args.units.count - unit : tiles.units;
     const int64_t length = units * args.units.inner;
     const int64_t row_length = args.units.count * args.units.inner;
+    double* sums = args.sums + row_tile * args.units.count + unit;
     for (int64_t i = 0; i < units; ++i) sums[i] = 0.0;
     if (length == row_length) {  // whole rows: one range, cut into whole blocks however short a row is
       grad_range(args, row * row_length, row_end * row_length, 0, sums, buffers);
@@ -157,8 +165,6 @@ void neuron_sums(const NeuronSumsArgs& args, int64_t first, int64_t last) {
         grad_range(args, begin, begin + length, unit, sums, buffers);
       }
     }
-    double* results = args.sums + row_tile * args.units.count + unit;
-    for (int64_t i = 0; i < units; ++i) results[i] = sums[i];
   }
   end_streaming(args.stream);
 }
