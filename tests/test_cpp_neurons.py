@@ -61,7 +61,8 @@ LAYOUTS = {
 SMALL = [name for name, (z, _) in LAYOUTS.items() if z.numel() < 20_000]
 # Those with work for several threads, cut along units, rows or both.
 SEVERAL_TILES = [
-    "one-row", "tiles-both-ways", "rows-too-many-to-cut", "many-rows", "channels-first", "channels-last", "conv1d-two-units-per-tile", "more-rows-than-64-tiles",
+    "one-row", "tiles-both-ways", "rows-too-many-to-cut", "many-rows", "more-rows-than-64-tiles", "channels-first",
+    "channels-last", "conv1d-two-units-per-tile",
 ]  # fmt: skip
 # name: hard, scale, bias
 MASKS = {
