@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from csmask import _ops, reference, testing
+from csmask import _cpp, _ops, reference, testing
 from csmask._ops import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -95,41 +95,102 @@ def test_results_are_fresh_memory():
 
 
 def test_without_the_kernels_the_reference_runs(monkeypatch):
+    monkeypatch.setattr(_cpp, "kernels", None)
     for layout, hard in itertools.product(("weight", "neuron"), (False, True)):
         weight, logits, temperature = arguments(layout, torch.float32)
-        monkeypatch.setattr(_ops, "cpu_kernels", None)
         out, l0, _ = ops.materialize(weight, logits, temperature, hard, 1.5, torch.bfloat16)
         want, want_l0 = reference.materialize(weight, logits, temperature, hard, 1.5, torch.bfloat16)
         assert torch.equal(out, want)
         assert torch.equal(l0, want_l0)
 
 
-@pytest.mark.skipif(_ops.cpu_kernels is None, reason="the C++ back end is not built")
-@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 0)])
-def test_the_kernels_run_where_there_are_any(monkeypatch, dtype, expected):
-    calls = []
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_every_op_gives_the_same_without_the_kernels(name, monkeypatch):
+    """An install without a compiler: what calls other ops inside must get along without kernels, too."""
+    want = _outputs(name)
+    monkeypatch.setattr(_cpp, "kernels", None)
+    _assert_alike(_outputs(name), want)
 
-    class Counting:
-        @staticmethod
-        def materialize(*args):
-            calls.append(args)
-            return 0.0
 
-    monkeypatch.setattr(_ops, "cpu_kernels", Counting)
+class _Counting:
+    """The C++ back end, and the names of the kernels that were called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name != "last_level_cache":
+            self.calls.append(name)
+        return getattr(_cpp._load()[0], name)
+
+
+# the C++ kernels that an op calls on a CPU, where it has any
+CPP_KERNELS = {
+    "materialize": {"materialize"},
+    "mask_sums": {"mask_sums"},
+    "logits_grad": {"logits_grad"},
+    "logits_grad_": {"logits_grad"},
+    "masked_linear": {"materialize"},
+    "masked_linear_dx": {"materialize"},
+    "masked_linear_dlogits": {"logits_grad"},
+    "masked_linear_dlogits_": {"logits_grad"},
+    "masked_linear_backward": {"materialize", "logits_grad"},
+    "masked_linear_backward_": {"materialize", "logits_grad"},
+    "masked_conv": {"materialize"},
+    "masked_conv_dx": {"materialize"},
+    "masked_conv_dlogits": {"logits_grad"},
+    "masked_conv_dlogits_": {"logits_grad"},
+    "scale_neurons": {"scale_neurons"},
+    "scale_neurons_grad": {"scale_neurons_grad"},
+    "pack_mask": {"pack_mask"},
+    "unpack_mask": {"unpack_mask"},
+    "popcount": {"popcount"},
+    "apply_bitmask": {"apply_bitmask"},
+    "bitmask_linear": {"apply_bitmask"},
+    "bitmask_linear_dx": {"apply_bitmask"},
+    "philox_": {"philox_"},
+}
+
+
+@pytest.mark.skipif(_cpp.kernels is None, reason="the C++ back end is not built")
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_the_kernels_run_where_there_are_any(name, monkeypatch):
+    counting = _Counting()
+    monkeypatch.setattr(_cpp, "kernels", counting)
+    _outputs(name)
+    assert set(counting.calls) == CPP_KERNELS[name]
+
+
+@pytest.mark.skipif(_cpp.kernels is None, reason="the C++ back end is not built")
+@pytest.mark.parametrize(
+    ("dtype", "calls"),
+    [(torch.float32, ["materialize"]), (torch.bfloat16, ["materialize"]), (torch.float16, ["materialize"]),
+     (torch.float64, [])],
+)  # fmt: skip
+def test_dtypes_without_a_kernel_run_in_plain_torch(monkeypatch, dtype, calls):
+    counting = _Counting()
+    monkeypatch.setattr(_cpp, "kernels", counting)
     ops.materialize(*arguments("weight", dtype), False, 1.0, None)
-    assert len(calls) == expected
+    assert counting.calls == calls
+    ops.materialize(*arguments("weight", dtype, torch.float64), False, 1.0, None)  # fp64 logits: none for any weight
+    assert counting.calls == calls
 
 
 def test_reason_when_the_kernels_cannot_be_loaded(monkeypatch):
     def fail(name):
         raise ImportError(f"no {name} here")
 
-    monkeypatch.setattr(_ops.importlib, "import_module", fail)
-    assert _ops._load_cpu_kernels() == (None, "ImportError: no csmask_kernels._cpu here")
+    monkeypatch.setattr(_cpp.importlib, "import_module", fail)
+    assert _cpp._load() == (None, "ImportError: no csmask_kernels._cpu here")
+
+
+# Ops that are no kernel of their own on a GPU: two others there.
+MADE_OF_OTHERS = {"masked_linear_backward", "masked_linear_backward_"}
 
 
 def test_every_op_has_a_kernel_for_gpus_and_there_is_no_silent_fallback(monkeypatch):
-    for name in _ops.SCHEMAS:
+    assert {name for name, (_, file) in _ops.SCHEMAS.items() if file is None} == MADE_OF_OTHERS
+    for name in _ops.SCHEMAS.keys() - MADE_OF_OTHERS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"csmask::{name}", "CUDA")
         assert callable(_ops.triton_kernel(name))
 
@@ -162,6 +223,8 @@ def _every_op():
         "masked_linear_dx": (dout, w, s, t, False, 1.5, False),
         "masked_linear_dlogits": (dout, x, w, s, t, dl0, 1.5, False),
         "masked_linear_dlogits_": (torch.ones_like(s), dout, x, w, s, t, dl0, 1.5, False),
+        "masked_linear_backward": (dout, x, w, s, t, dl0, 1.5, False),
+        "masked_linear_backward_": (torch.ones_like(s), dout, x, w, s, t, dl0, 1.5, False),
         "masked_conv": (cx, cw, cs, t, bias[:4], False, 1.5, *geometry),
         "masked_conv_dx": (cout, cw, cs, t, list(cx.shape), False, 1.5, *geometry),
         "masked_conv_dlogits": (cout, cx, cw, cs, t, dl0, 1.5, *geometry),
@@ -193,20 +256,24 @@ def test_opcheck_of_the_gpu_kernels(name):
     torch.library.opcheck(getattr(ops, name), _every_op()[name])
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
-def test_the_gpu_kernels_give_what_plain_torch_gives(name, request):
+def _outputs(name):
+    """What an op returns and, of one that writes to its first argument, that argument."""
+    args = _every_op()[name]
+    result = getattr(ops, name)(*args)
+    results = [] if result is None else [*result] if isinstance(result, tuple) else [result]
+    return [*results, args[0].clone()] if name.endswith("_") else results
+
+
+def _assert_alike(got, want):
     """Numbers, shapes, layouts and dtypes; the tolerance rule has its place in the tests of each kernel."""
-
-    def outputs():
-        args = _every_op()[name]
-        result = getattr(ops, name)(*args)
-        results = (args[0],) if result is None else result if isinstance(result, tuple) else (result,)
-        return [t.clone() if result is None else t for t in results]
-
-    want = outputs()
-    request.getfixturevalue("triton_on_cpu")
-    got = outputs()
     assert len(got) == len(want)
     for g, w in zip(got, want, strict=True):
         assert (g.dtype, g.stride()) == (w.dtype, w.stride())
         torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", _ops.SCHEMAS)
+def test_the_gpu_kernels_give_what_the_cpu_gives(name, request):
+    want = _outputs(name)
+    request.getfixturevalue("triton_on_cpu")
+    _assert_alike(_outputs(name), want)
