@@ -93,19 +93,19 @@ def logits_grad(
     dmasked_weight: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, dl0: Tensor | None, scale: float
 ) -> Tensor:
     dlogits = empty_like(mask_logits)
-    if _write_logits_grad(dlogits, dmasked_weight, weight, mask_logits, temperature, dl0, scale, add=False):
+    if _write_logits_grad(False, dlogits, dmasked_weight, weight, mask_logits, temperature, dl0, scale):
         return dlogits
     return _plain.OPS["logits_grad"](dmasked_weight, weight, mask_logits, temperature, dl0, scale)
 
 
 def logits_grad_(dlogits: Tensor, *arguments: Any) -> None:
-    if not _write_logits_grad(dlogits, *arguments, add=True):
+    if not _write_logits_grad(True, dlogits, *arguments):
         dlogits.add_(_plain.OPS["logits_grad"](*arguments))
 
 
 def _write_logits_grad(
-    dlogits: Tensor, dmasked_weight: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor,
-    dl0: Tensor | None, scale: float, add: bool,
+    add: bool, dlogits: Tensor, dmasked_weight: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor,
+    dl0: Tensor | None, scale: float,
 ) -> bool:  # fmt: skip
     """Whether there is a kernel; if so, it has run."""
     if kernels is None or not has_kernel(mask_logits, weight.dtype, dmasked_weight.dtype):

@@ -62,7 +62,7 @@ def masked_linear(
     assert _cpp.kernels is not None
     w, logits = _oriented(weight, mask_logits, transposed)
     out = x.new_empty(x.shape[0], w.shape[0])
-    size = _block_features(*w.shape, w.element_size(), x.element_size())
+    size = _block_features(w.shape[0], w.shape[1], w.element_size(), x.element_size())
     scratch, t, l0 = _scratch(w, size, 0, x.dtype), temperature.item(), 0.0
     for block in _blocks(w.shape[0], size):
         wm = scratch[: block.stop - block.start]
@@ -88,7 +88,7 @@ def masked_linear_dlogits(dout: Tensor, x: Tensor, weight: Tensor, mask_logits: 
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_dlogits"](dout, x, weight, mask_logits, *mask)
     dlogits = _cpp.empty_like(mask_logits)
-    _backward(None, dlogits, dout, x, weight, mask_logits, *mask)
+    _backward(None, dlogits, False, dout, x, weight, mask_logits, *mask)
     return dlogits
 
 
@@ -96,7 +96,7 @@ def masked_linear_dlogits_(
     dlogits: Tensor, dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any
 ) -> None:
     if _has_kernel(mask_logits, weight, dout, x):
-        _backward(None, dlogits, dout, x, weight, mask_logits, *mask, add=True)
+        _backward(None, dlogits, True, dout, x, weight, mask_logits, *mask)
     else:
         _plain.OPS["masked_linear_dlogits_"](dlogits, dout, x, weight, mask_logits, *mask)
 
@@ -107,7 +107,7 @@ def masked_linear_backward(
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_backward"](dout, x, weight, mask_logits, *mask)
     dx, dlogits = x.new_empty(x.shape), _cpp.empty_like(mask_logits)
-    _backward(dx, dlogits, dout, x, weight, mask_logits, *mask)
+    _backward(dx, dlogits, False, dout, x, weight, mask_logits, *mask)
     return dx, dlogits
 
 
@@ -117,13 +117,13 @@ def masked_linear_backward_(
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_backward_"](dlogits, dout, x, weight, mask_logits, *mask)
     dx = x.new_empty(x.shape)
-    _backward(dx, dlogits, dout, x, weight, mask_logits, *mask, add=True)
+    _backward(dx, dlogits, True, dout, x, weight, mask_logits, *mask)
     return dx
 
 
 def _backward(
-    dx: Tensor | None, dlogits: Tensor, dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor,
-    temperature: Tensor, dl0: Tensor | None, scale: float, transposed: bool, add: bool = False,
+    dx: Tensor | None, dlogits: Tensor, add: bool, dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor,
+    temperature: Tensor, dl0: Tensor | None, scale: float, transposed: bool,
 ) -> None:  # fmt: skip
     w, logits = _oriented(weight, mask_logits, transposed)
     dlogits = dlogits.t() if transposed else dlogits
@@ -151,7 +151,7 @@ def _visit(
     dout: Tensor, w: Tensor, logits: Tensor, temperature: float, hard: bool, scale: float, dx: Tensor | None = None,
     x: Tensor | None = None, dlogits: Tensor | None = None, dl0: float = 0.0, add: bool = False,
 ) -> None:  # fmt: skip
-    """Write the input's gradient ``dx (M, K)`` and, where ``x`` is given, write or add the logits' ``dlogits (N, K)``."""
+    """Write the gradients that are asked for: ``dx (M, K)``, and from ``x (M, K)`` ``dlogits (N, K)`` or add to it."""
     kernels, threads = _cpp.kernels, torch.get_num_threads()
     assert kernels is not None
     size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())

@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from ._ops import ops
 
+# Devices whose kernels take a weight in blocks that stay in the cache.
+_IN_BLOCKS = ("cpu",)
+
 
 class MaskSum(torch.autograd.Function):
     """The l0 sum by itself: one pass over the logits forward, one backward."""
@@ -181,7 +184,8 @@ def _takes_logits_grad_in_blocks(ctx: Any, mask_logits: Tensor, weight: Tensor) 
     On a CPU that saves two passes over the weight at no cost; on a GPU a library's product and one pass are faster.
     """
     is_linear, own_logits = isinstance(ctx.geometry, bool), mask_logits.shape == weight.shape
-    return weight.device.type == "cpu" and is_linear and own_logits and ctx.needs_dweight and not ctx.needs_input_grad[1]
+    wants_only_logits = ctx.needs_dweight and not ctx.needs_input_grad[1]
+    return weight.device.type in _IN_BLOCKS and is_linear and own_logits and wants_only_logits
 
 
 def _masked_weight(

@@ -1,7 +1,7 @@
 """What an execution costs, from byte counts and ceilings, and the choice that ``execution="auto"`` makes of it.
 
 Times are of forward + backward of one layer, in seconds. They are estimates for choosing between executions, not
-promises; the ceilings say where they come from, and ``bench/gpu_suite.py`` measures them on a device.
+promises; the ceilings say where they come from; ``bench/gpu_suite.py`` and ``bench/run.py`` measure them on a device.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
+from . import _cpp
+
 # Bytes per weight beside those of the dense operation, with fp32 logits; w = bytes of one weight.
 #   materialize (2w + 4): reads W and S, writes Wm; once per forward, once more in backward where Wm is not kept
 #   logits_grad (2w + 8): reads dWm, W and S, writes dS
 #   in_kernel (4 + 4 + 8): reads S beside W in forward, input gradient and the epilogue that writes dS in place of dWm
+# A CPU takes weights in blocks that stay in the cache, see ``_predict_in_blocks``.
 _LOGIT = 4
+# How much faster "in_kernel" has to be: a masked weight in memory also serves the further micro-batches of a step.
+_MARGIN = 0.03
+
+
+EXECUTIONS = ("per_forward", "in_kernel")
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Ceilings:
     matrix_16: float  # FLOP/s of bf16 and fp16 products
     matrix_32: float  # FLOP/s of fp32 products
     masks: float  # soft masks per second in a kernel's prologue
-    fused: bool = True  # whether there are in_kernel kernels
+    in_blocks: bool = False  # whether masks are made block by block before each block's product, as on a CPU
 
 
 # masks: two special-function operations each (ex2 and rcp), 16 per cycle and multiprocessor on NVIDIA since sm_70
@@ -39,8 +47,9 @@ CEILINGS = {
     "B200": Ceilings(6.8e12, 1.9e15, 6.8e13, 1.1e12),
     "A100": Ceilings(1.7e12, 2.6e14, 1.7e13, 6e11),
     "MI300X": Ceilings(4.5e12, 1.1e15, 1.4e14, 1.2e12),
-    # CPUs have no in_kernel kernels in this version
-    "cpu": Ceilings(4e10, 1e12, 5e11, 2e9, fused=False),
+    # measured on 2 cores of an AMD EPYC with AVX-512, PyTorch 2.13: a copy, products of 4096 x 4096 with 512 rows, and
+    # mask_sums. More cores raise all four; what is chosen depends on their ratios.
+    "cpu": Ceilings(4.2e10, 7e11, 1.7e11, 8e9, in_blocks=True),
 }
 CEILINGS["cuda"] = CEILINGS["A100"]  # any other GPU
 
@@ -77,6 +86,8 @@ def predict(
         traffic = (weights * weight_bytes + activations) / ceilings.bandwidth
         return max(flops / rate + masks / ceilings.masks, traffic)
 
+    if ceilings.in_blocks and execution in EXECUTIONS:
+        return _predict_in_blocks(execution, flops / rate, weights, itemsize, activations, ceilings, kept)
     if execution == "per_forward":
         materialize = (2 * itemsize + _LOGIT) * (1 if kept else 2)
         logits_grad = 2 * itemsize + 2 * _LOGIT
@@ -87,6 +98,27 @@ def predict(
         operand = product(itemsize + _LOGIT, weights * tiles)
         return 2 * operand + product(itemsize + 2 * _LOGIT, weights)
     raise ValueError(f"no cost known for execution {execution!r}")
+
+
+def _predict_in_blocks(
+    execution: str, arithmetic: float, weights: int, itemsize: int, activations: int, ceilings: Ceilings, kept: bool
+) -> float:
+    """Passes over the weight and products take turns, and a block's product finds the block in the cache.
+
+    Bytes per weight: materialize 2w + 4, logits' gradient w + 8 (dWm is never in memory); in_kernel w + 4 forward, and
+    backward w + 4 for the masked weight and 4 for the gradient, which finds W and S in the cache.
+    """
+
+    def elementwise(weight_bytes: int) -> float:
+        return weights * max(weight_bytes / ceilings.bandwidth, 1 / ceilings.masks)
+
+    def product(weight_bytes: int) -> float:
+        return max(arithmetic, (weights * weight_bytes + activations) / ceilings.bandwidth)
+
+    if execution == "per_forward":
+        materialize = elementwise(2 * itemsize + _LOGIT) * (1 if kept else 2)
+        return materialize + 2 * product(itemsize) + product(0) + elementwise(itemsize + 2 * _LOGIT)
+    return 2 * elementwise(itemsize + _LOGIT) + 3 * product(0) + elementwise(_LOGIT)
 
 
 def choose(rows: int | None, weight: torch.Tensor, ceilings: Ceilings, trains: bool, kept: bool = True) -> str:
@@ -100,10 +132,11 @@ def choose(rows: int | None, weight: torch.Tensor, ceilings: Ceilings, trains: b
             every forward but the first one a dense one, so they are ``"per_forward"``.
         kept: whether the masked weight may be kept.
     """
-    if rows is None or not ceilings.fused or not trains or weight.dim() not in (2, 3, 4):
+    has_kernel = weight.dim() == 2 and _cpp.kernels is not None if ceilings.in_blocks else weight.dim() in (2, 3, 4)
+    if rows is None or not trains or not has_kernel:
         return "per_forward"
     out_features = weight.shape[0]
     in_features = weight.numel() // max(out_features, 1)
     sizes = (rows, in_features, out_features, min(weight.element_size(), 4), ceilings, kept)
-    # per_forward first: it wins a tie.
-    return min(("per_forward", "in_kernel"), key=lambda execution: predict(execution, *sizes))
+    per_forward, in_kernel = (predict(execution, *sizes) for execution in EXECUTIONS)
+    return "in_kernel" if in_kernel < (1 - _MARGIN) * per_forward else "per_forward"

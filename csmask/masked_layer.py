@@ -159,9 +159,9 @@ class MaskedLayer(nn.Module):
         """``"per_forward"`` or ``"in_kernel"`` for this input: what ``"auto"`` picks, or the execution itself."""
         if self.execution != "auto":
             return self.execution
-        if self.mask_unit != "weight":
-            return "per_forward"
         device = self.weight.device
+        if self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
+            return "per_forward"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
         # While compiling, the number of rows is a symbol that a choice would pin to one value.

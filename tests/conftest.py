@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from csmask import _ops, _plain
+from csmask import _ops, _plain, autograd
 
 # Before the first kernel is decorated: without a GPU, Triton's kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -29,8 +29,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def triton_on_cpu():
+def triton_on_cpu(monkeypatch):
     """For one test, CPU tensors go to the Triton kernels (in the interpreter): the whole stack as on a GPU."""
+    monkeypatch.setattr(autograd, "_IN_BLOCKS", ())
     library = torch.library.Library("csmask", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that kernels are overridden is the point
