@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from csmask import _ops, _plain, autograd
+from csmask import _cpp, _ops, _plain, autograd
 
 # Before the first kernel is decorated: without a GPU, Triton's kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.endswith(("_kernel", "_kernels")) or "triton_on_cpu" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(params=_cpp.kernels.instruction_sets() if _cpp.kernels else [])
+def isa(request):
+    """Runs the test once per instruction set that this CPU has."""
+    before = _cpp.kernels.instruction_set()
+    _cpp.kernels.force_instruction_set(request.param)
+    assert _cpp.kernels.instruction_set() == request.param
+    yield request.param
+    _cpp.kernels.force_instruction_set(before)
 
 
 @pytest.fixture
