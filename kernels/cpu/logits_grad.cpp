@@ -32,18 +32,21 @@ void chain(const float* __restrict dmasked_weight, const float* __restrict weigh
 void run(const LogitsGradArgs& args, const int64_t* offsets, int64_t n, Buffers& buffers) {
   const int inner = args.layout.dims - 1;
   const auto stride = [&](int operand) { return args.layout.stride[operand][inner]; };
+  prefetch_rows_ahead(args.layout, 1, args.logits + offsets[1], 4, n);
   const float* logits = load(args.logits + offsets[1], Dtype::float32, stride(1), n, buffers.logits);
   float* values = buffers.values;
   derivatives(logits, n, args.temperature, args.scale, values);
   if (args.weight != nullptr) {
     const void* weight = at(args.weight, args.weight_dtype, offsets[2]);
     const void* dmasked_weight = at(args.dmasked_weight, args.dmasked_weight_dtype, offsets[3]);
+    prefetch_rows_ahead(args.layout, 2, weight, size_of(args.weight_dtype), n);
     chain(load(dmasked_weight, args.dmasked_weight_dtype, stride(3), n, buffers.dmasked_weight),
           load(weight, args.weight_dtype, stride(2), n, buffers.weight), args.dl0, n, values);
   } else {
     for (int64_t i = 0; i < n; ++i) values[i] *= args.dl0;
   }
   float* dlogits = args.dlogits + offsets[0];
+  if (!args.stream) prefetch_rows_ahead(args.layout, 0, dlogits, 4, n);
   if (args.add) {
     const float* before = load(dlogits, Dtype::float32, stride(0), n, buffers.logits);
     for (int64_t i = 0; i < n; ++i) values[i] += before[i];

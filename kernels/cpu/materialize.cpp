@@ -129,6 +129,7 @@ void write_run(const MaterializeArgs& args, const int64_t* offsets, const float*
   const int64_t weight_stride = args.layout.stride[1][inner];
   void* out = at(args.out, args.out_dtype, offsets[0]);
   const void* weight = at(args.weight, args.weight_dtype, offsets[1]);
+  prefetch_rows_ahead(args.layout, 1, weight, size_of(args.weight_dtype), n);
   if (args.mask.hard && args.mask.scale == 1.0f && args.weight_dtype == args.out_dtype) {
     if (args.out_dtype == Dtype::float32) {
       select_bits<Bits32>(weight, weight_stride, logits, n, out, out_stride);
@@ -164,6 +165,7 @@ void materialize(const MaterializeArgs& args, int64_t first, int64_t last, MaskP
     MaskPartial partial = {0.0, 0, 0};
     for_runs(args.layout, logits_operand + 1, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
       const float* source = args.logits + offsets[logits_operand];
+      prefetch_rows_ahead(args.layout, logits_operand, source, 4, n);
       const float* logits = load(source, Dtype::float32, logits_stride, n, buffers.logits);
       masks_of(logits, n, args.mask, masks + done);
       if (args.counts) count(logits, n, args.mask.temperature, &partial);
