@@ -387,6 +387,18 @@ def test_shared_logits(name):
             assert torch.equal(added, 0.5 + got["dlogits"])
 
 
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("name", ["linear", "gpt2", "conv", "middle"])
+def test_shared_logits_of_a_gradient_in_another_order(name):
+    weight, dim = WEIGHTS[name]
+    logits, dwm = shared(weight, dim).flatten(), normal(*weight.shape, seed=3)
+    turned = dwm.transpose(0, -1).contiguous().transpose(0, -1)
+    want, got = poisoned(logits), poisoned(logits)
+    _cpu.logits_grad_units(want, dwm, weight, logits, dim, 3.0, 1.0, 1.7, False, 1)
+    _cpu.logits_grad_units(got, turned, weight, logits, dim, 3.0, 1.0, 1.7, False, 1)
+    assert torch.equal(got, want)  # in the order of the weight
+
+
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_operator_with_shared_logits(name, monkeypatch):
     weight, dim = WEIGHTS[name]

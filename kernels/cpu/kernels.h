@@ -113,7 +113,7 @@ struct NeuronSumsArgs {
   const void* dout;
   Dtype dout_dtype;
   UnitValues masks;  // m
-  double* sums;      // (row_tiles, units)
+  double* sums;      // (row_tiles, units), zeros before
   bool stream;
 };
 

@@ -156,7 +156,6 @@ void neuron_sums(const NeuronSumsArgs& args, int64_t first, int64_t last) {
     const int64_t length = units * args.units.inner;
     const int64_t row_length = args.units.count * args.units.inner;
     double* sums = args.sums + row_tile * args.units.count + unit;
-    for (int64_t i = 0; i < units; ++i) sums[i] = 0.0;
     if (length == row_length) {  // whole rows: one range, cut into whole blocks however short a row is
       grad_range(args, row * row_length, row_end * row_length, 0, sums, buffers);
     } else {
