@@ -1,8 +1,9 @@
-# make venv    the environment: .venv with csmask (editable, C++ back end) and the tested versions
-# make test    all tests, with the line coverage of csmask/
-# make demo    the main job: a circuit in MiniLM on WordNet's sentences (DEMO_ARGS="--steps 100 --seed 1")
-# make lint    ruff, mypy, clang-format
-# make clean   remove the environment and what builds and tests leave
+# make venv      the environment: .venv with csmask (editable, C++ back end) and the tested versions
+# make test      all tests, with the line coverage of csmask/
+# make sanitize  the C++ kernels' tests, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+# make demo      the main job: a circuit in MiniLM on WordNet's sentences (DEMO_ARGS="--steps 100 --seed 1")
+# make lint      ruff, mypy, clang-format
+# make clean     remove the environment and what builds and tests leave
 
 PYTHON ?= python3
 DEMO_ARGS ?=
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-.PHONY: venv demo wordnet test lint clean
+.PHONY: venv demo wordnet test sanitize lint clean
 
 venv: $(VENV)/.installed
 
@@ -48,6 +49,24 @@ $(VENV)/.triton36-installed: $(VENV)/.installed
 
 test: $(VENV)/.demo-installed $(VENV)/.triton36-installed
 	$(BIN)/python -m pytest --cov=csmask --cov-report=term-missing --cov-fail-under=90 $(TEST_ARGS)
+
+# Beside the environment's own csmask, whose import finder comes before any path: tests/other_kernels.py loads the
+# kernels from there. pip installs without them where they cannot be built; here that is an error.
+SANITIZED := $(VENV)/sanitize
+$(SANITIZED)/.installed: pyproject.toml CMakeLists.txt $(CPP) | $(VENV)/.installed
+	$(PIP) install --no-deps --upgrade --target $(SANITIZED) -C build-dir=build/sanitize -C install.strip=false \
+	  -C cmake.define.CSMASK_SANITIZE=ON .
+	ls $(SANITIZED)/csmask_kernels/_cpu.*.so
+	touch $@
+
+# Python itself has no sanitizer: the runtime is loaded before it, with the C++ library whose exceptions it watches.
+# Python leaves memory behind by design. -s: a report is the last thing that a process writes.
+RUNTIMES = $(foreach library,libasan.so libstdc++.so,$(shell c++ -print-file-name=$(library)))
+SANITIZE_TESTS ?= tests/test_materialize.py tests/test_cpp_*.py
+sanitize: $(SANITIZED)/.installed
+	CSMASK_CPU_MODULE=$$(ls $(CURDIR)/$(SANITIZED)/csmask_kernels/_cpu.*.so) PYTHONPATH=tests LD_PRELOAD="$(RUNTIMES)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest -p other_kernels -q -s $(SANITIZE_TESTS)
 
 $(VENV)/.lint-installed: $(VENV)/.installed
 	$(PIP) install -c constraints.txt ruff mypy clang-format

@@ -1,11 +1,14 @@
-"""What the tests of the C++ kernels share: tensors in memory layouts of every kind, with guards around them."""
+"""What the tests of the C++ kernels share: tensors in layouts of every kind with guards around them, a small cache."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from csmask import _cpp
 
 BLOCK = 2048  # elements per block of a kernel: its unit of work and of its partial sums
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -79,3 +82,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     storage = STORAGE.get(a.dtype, a.dtype)
     return torch.equal(a.contiguous().view(storage), b.contiguous().view(storage))
+
+
+class SmallCache:
+    """The C++ back end of a machine whose largest cache has so many bytes: small weights take several blocks."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_cpp._load()[0], name)
+
+    def last_level_cache(self) -> int:
+        return self.size
