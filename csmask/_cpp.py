@@ -30,9 +30,11 @@ def _load() -> tuple[ModuleType | None, str]:
 kernels, kernels_missing = _load()
 
 
-def has_kernel(mask_logits: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether the C++ kernels are there and know these dtypes of weights, inputs and results."""
-    return kernels is not None and mask_logits.dtype == torch.float32 and all(dtype in DTYPES for dtype in dtypes)
+def has_kernel(mask_logits: Tensor | None, *dtypes: torch.dtype) -> bool:
+    """Whether the C++ kernels are there and know these dtypes of weights, inputs and results, and of the logits."""
+    if kernels is None or (mask_logits is not None and mask_logits.dtype != torch.float32):
+        return False
+    return all(dtype in DTYPES for dtype in dtypes)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -61,10 +63,19 @@ def materialize(
     if kernels is None or not has_kernel(mask_logits, weight.dtype, dtype):
         return _plain.OPS["materialize"](weight, mask_logits, temperature, hard, scale, dtype, counts)
     out = empty_like(weight, dtype)
-    logits = mask_logits.detach().expand_as(weight)
-    threads = torch.get_num_threads()
+    logits, threads = mask_logits.detach().expand_as(weight), torch.get_num_threads()
     sums = kernels.materialize(weight.detach(), logits, temperature.item(), hard, scale, out, counts, threads)
     return out, *_as_tensors(sums, counts)
+
+
+def materialize_(
+    out: Tensor, weight: Tensor, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float
+) -> Tensor:
+    if kernels is None or not has_kernel(mask_logits, weight.dtype, out.dtype):
+        return _plain.OPS["materialize_"](out, weight, mask_logits, temperature, hard, scale)
+    logits, threads = mask_logits.detach().expand_as(weight), torch.get_num_threads()
+    sums = kernels.materialize(weight.detach(), logits, temperature.item(), hard, scale, out, False, threads)
+    return _as_tensors(sums, False)[0]
 
 
 def mask_sums(
@@ -148,6 +159,7 @@ def _is_zero(tensor: Tensor) -> bool:
 
 OPS: dict[str, Callable[..., Any]] = {
     "materialize": materialize,
+    "materialize_": materialize_,
     "mask_sums": mask_sums,
     "logits_grad": logits_grad,
     "logits_grad_": logits_grad_,

@@ -84,6 +84,47 @@ def masked_linear_dx(
     return dx
 
 
+def bitmask_linear(
+    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, scale: float, transposed: bool
+) -> Tensor:
+    if not _has_kernel(None, weight, x):
+        return _plain.OPS["bitmask_linear"](x, weight, bits, bias, scale, transposed)
+    w, steps = _with_bit_steps(weight, transposed)
+    out = x.new_empty(x.shape[0], w.shape[0])
+    size = _block_features(w.shape[0], w.shape[1], w.element_size(), x.element_size())
+    scratch = _scratch(w, size, 0, x.dtype)
+    for block in _blocks(w.shape[0], size):
+        wm = scratch[: block.stop - block.start]
+        _select(w[block], bits, block.start * steps[0], steps, scale, wm)
+        _product(x, wm.t(), bias if bias is None else bias[block], out[:, block])
+    return out
+
+
+def bitmask_linear_dx(dout: Tensor, weight: Tensor, bits: Tensor, scale: float, transposed: bool) -> Tensor:
+    if not _has_kernel(None, weight, dout):
+        return _plain.OPS["bitmask_linear_dx"](dout, weight, bits, scale, transposed)
+    w, steps = _with_bit_steps(weight, transposed)
+    dx = dout.new_empty(dout.shape[0], w.shape[1])
+    size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())
+    scratch = _scratch(w, size, 1, dout.dtype)
+    for block in _blocks(w.shape[1], size):
+        wm = scratch[:, : block.stop - block.start]
+        _select(w[:, block], bits, block.start * steps[1], steps, scale, wm)
+        _product(dout, wm, None, dx[:, block])
+    return dx
+
+
+def _with_bit_steps(weight: Tensor, transposed: bool) -> tuple[Tensor, tuple[int, int]]:
+    """The weight as ``(N, K)``, and how far its next row's bit and its next column's are."""
+    w, row_length = weight.detach(), weight.shape[1]
+    return (w.t(), (1, row_length)) if transposed else (w, (row_length, 1))
+
+
+def _select(w: Tensor, bits: Tensor, start: int, steps: tuple[int, int], scale: float, out: Tensor) -> None:
+    assert _cpp.kernels is not None
+    _cpp.kernels.apply_bitmask(w, bits, start, *steps, scale, out, torch.get_num_threads(), False)
+
+
 def masked_linear_dlogits(dout: Tensor, x: Tensor, weight: Tensor, mask_logits: Tensor, *mask: Any) -> Tensor:
     if not _has_kernel(mask_logits, weight, dout, x):
         return _plain.OPS["masked_linear_dlogits"](dout, x, weight, mask_logits, *mask)
@@ -130,8 +171,8 @@ def _backward(
     _visit(dout, w, logits, temperature.item(), False, scale, dx, x, dlogits, _cpp.as_number(dl0), add)
 
 
-def _has_kernel(mask_logits: Tensor, weight: Tensor, *activations: Tensor) -> bool:
-    return _cpp.has_kernel(mask_logits, weight.dtype, *(t.dtype for t in activations))
+def _has_kernel(mask_logits: Tensor | None, *tensors: Tensor) -> bool:
+    return _cpp.has_kernel(mask_logits, *(t.dtype for t in tensors))
 
 
 def _oriented(weight: Tensor, mask_logits: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -176,6 +217,8 @@ OPS: dict[str, Callable[..., Any]] = {
     "masked_linear_dx": masked_linear_dx,
     "masked_linear_dlogits": masked_linear_dlogits,
     "masked_linear_dlogits_": masked_linear_dlogits_,
+    "bitmask_linear": bitmask_linear,
+    "bitmask_linear_dx": bitmask_linear_dx,
     "masked_linear_backward": masked_linear_backward,
     "masked_linear_backward_": masked_linear_backward_,
 }

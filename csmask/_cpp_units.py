@@ -88,8 +88,6 @@ def philox_(out: Tensor, kind: str, seed_lo: int, seed_hi: int, stream: int, pur
         _plain.OPS["philox_"](out, kind, seed_lo, seed_hi, stream, purpose, scale)
         return
     _cpp.kernels.philox_(out.detach(), kind, seed_lo, seed_hi, stream, purpose, scale, torch.get_num_threads())
-    if not out.is_inference():
-        torch.autograd.graph.increment_version(out)  # the kernel writes where autograd does not see it
 
 
 OPS: dict[str, Callable[..., Any]] = {

@@ -27,6 +27,8 @@ SCHEMAS: dict[str, tuple[str, str | None]] = {
         f"({_MASK}, bool hard, float scale, ScalarType? dtype=None, bool counts=False) -> (Tensor, Tensor, Tensor)",
         "materialize",
     ),
+    # The masked weight in memory that is there already, which only a CPU's kernels need: where it is no kernel, a copy.
+    "materialize_": (f"(Tensor(a!) out, {_MASK}, bool hard, float scale) -> Tensor", None),
     "mask_sums": (
         "(Tensor mask_logits, Tensor temperature, bool hard, float scale, int weights_per_logit, bool counts=True)"
         " -> (Tensor, Tensor)",
@@ -147,6 +149,20 @@ def _run_triton(name: str) -> Callable[..., Any]:
     return launch
 
 
+def _counting_writes(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """``compute``; where it writes to its first argument, autograd is told, which does not see kernels write."""
+    if "(a!)" not in SCHEMAS[name][0]:
+        return compute
+
+    def run(written: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = compute(written, *args, **kwargs)
+        if not written.is_inference():
+            torch.autograd.graph.increment_version(written)
+        return result
+
+    return run
+
+
 def _without_grad(compute: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -160,9 +176,9 @@ for _name, (_schema, _triton_file) in SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, _without_grad(_plain.OPS[_name]), "CompositeExplicitAutograd")
     if _triton_file is not None:
-        _LIBRARY.impl(_name, _run_triton(_name), "CUDA")
+        _LIBRARY.impl(_name, _counting_writes(_name, _run_triton(_name)), "CUDA")
     if _name in _CPU_OPS:
-        _LIBRARY.impl(_name, _without_grad(_CPU_OPS[_name]), "CPU")
+        _LIBRARY.impl(_name, _counting_writes(_name, _without_grad(_CPU_OPS[_name])), "CPU")
 
 
 # Shapes, dtypes and layouts of the results: the same on every device
@@ -188,6 +204,11 @@ def _materialize_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = torch.empty_like(weight, dtype=dtype or weight.dtype)
     return out, _l0_fake(weight, mask_logits), weight.new_empty(2 if counts else 0, dtype=torch.int64)
+
+
+@_fake("materialize_")
+def _materialize_in_place_fake(_out: Tensor, weight: Tensor, mask_logits: Tensor, *_mask: Any) -> Tensor:
+    return _l0_fake(weight, mask_logits)
 
 
 def _l0_fake(weight: Tensor, mask_logits: Tensor) -> Tensor:

@@ -42,6 +42,12 @@ def _materialize(
     return like(masked_weight, weight), l0, counts_of(weight, mask_logits, temperature, counts)
 
 
+def _materialize_(out: Tensor, *arguments: Any) -> Tensor:
+    masked_weight, l0, _ = ops.materialize(*arguments, out.dtype)
+    out.copy_(masked_weight)
+    return l0
+
+
 def _mask_sums(
     mask_logits: Tensor,
     temperature: Tensor,
@@ -189,6 +195,7 @@ def _adding(name: str) -> Callable[..., None]:
 
 OPS: dict[str, Callable[..., Any]] = {
     "materialize": _materialize,
+    "materialize_": _materialize_,
     "mask_sums": _mask_sums,
     "logits_grad": _logits_grad,
     "logits_grad_": _adding("logits_grad"),

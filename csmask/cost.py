@@ -20,7 +20,7 @@ from . import _cpp
 # A CPU takes weights in blocks that stay in the cache, see ``_predict_in_blocks``.
 _LOGIT = 4
 # How much faster "in_kernel" has to be: a masked weight in memory also serves the further micro-batches of a step.
-_MARGIN = 0.03
+_MARGIN = 0.01
 
 
 EXECUTIONS = ("per_forward", "in_kernel")
@@ -103,22 +103,21 @@ def predict(
 def _predict_in_blocks(
     execution: str, arithmetic: float, weights: int, itemsize: int, activations: int, ceilings: Ceilings, kept: bool
 ) -> float:
-    """Passes over the weight and products take turns, and a block's product finds the block in the cache.
+    """Passes over the weight and products take turns; a product finds a block in the cache, a masked weight in memory.
 
-    Bytes per weight: materialize 2w + 4, logits' gradient w + 8 (dWm is never in memory); in_kernel w + 4 forward, and
-    backward w + 4 for the masked weight and 4 for the gradient, which finds W and S in the cache.
+    Bytes per weight: materialize 2w + 4, two products w, logits' gradient w + 8 (dWm is never in memory); in_kernel
+    w + 4 forward, and backward w + 4 for the masked weight and 4 for the gradient, which finds W and S in the cache.
     """
 
     def elementwise(weight_bytes: int) -> float:
         return weights * max(weight_bytes / ceilings.bandwidth, 1 / ceilings.masks)
 
-    def product(weight_bytes: int) -> float:
-        return max(arithmetic, (weights * weight_bytes + activations) / ceilings.bandwidth)
-
+    products = 3 * max(arithmetic, activations / ceilings.bandwidth)
     if execution == "per_forward":
         materialize = elementwise(2 * itemsize + _LOGIT) * (1 if kept else 2)
-        return materialize + 2 * product(itemsize) + product(0) + elementwise(itemsize + 2 * _LOGIT)
-    return 2 * elementwise(itemsize + _LOGIT) + 3 * product(0) + elementwise(_LOGIT)
+        from_memory = 2 * weights * itemsize / ceilings.bandwidth
+        return materialize + products + from_memory + elementwise(itemsize + 2 * _LOGIT)
+    return 2 * elementwise(itemsize + _LOGIT) + products + elementwise(_LOGIT)
 
 
 def choose(rows: int | None, weight: torch.Tensor, ceilings: Ceilings, trains: bool, kept: bool = True) -> str:

@@ -52,6 +52,8 @@ class MaskedWeight:
         """Free the memory of what is kept."""
         # (key, tensors of the key, value) in one: threads that share a layer see all of it or nothing.
         self._kept: tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        # A masked weight that is out of date, for its memory; at most one, popped by who writes to it.
+        self._stale: list[Tensor] = []
 
     def get(
         self,
@@ -66,16 +68,34 @@ class MaskedWeight:
         tensors, options = (weight, mask_logits, temperature), (hard, scale, dtype)
 
         def make() -> tuple[Tensor, ...]:
+            out = self._reuse(weight, dtype)
+            if out is not None:
+                return out, ops.materialize_(out, *tensors, hard, scale)
             return ops.materialize(*tensors, *options)[:2]
 
         if self.keep == "never" or (hard and self.keep != "always"):
             return make()  # type: ignore[return-value]
         in_backward = torch._C._current_graph_task_id() != -1  # backward itself, or a checkpointed forward within it
         if not (hard or in_backward or _stepped.get(id(mask_logits)) is mask_logits):
-            self.drop()
+            self._retire()
         masked_weight, l0 = self._keep(tensors, options, make)
         # l0 becomes an output of autograd, which would make the kept tensor part of that graph.
         return masked_weight, l0.clone()
+
+    def _retire(self) -> None:
+        """What is kept is out of date; on a CPU its memory serves the next one: new memory is slower than kernels."""
+        kept, self._kept = self._kept, None
+        if kept is not None and len(kept[2]) == 2 and kept[2][0].device.type == "cpu":
+            self._stale[:] = kept[2][:1]
+
+    def _reuse(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Memory of a masked weight that is out of date, if this one fits into it; freed if not."""
+        try:
+            stale = self._stale.pop()
+        except IndexError:
+            return None
+        fits = stale.shape == weight.shape and stale.dtype == dtype and stale.stride() == weight.stride()
+        return stale if fits and stale.device == weight.device else None
 
     def get_bits(self, mask_logits: Tensor) -> Tensor:
         """``ops.pack_mask``'s bits, kept ones if they are still right."""
@@ -92,7 +112,7 @@ class MaskedWeight:
         if kept is not None and kept[0] == key:
             return kept[2]
         kept = None
-        self.drop()  # before the new one is made: never two at a time
+        self._retire()  # before the new one is made: never two at a time
         # It outlives this call: made under inference_mode, it could not be used in a later one with gradients.
         with torch.inference_mode(False), torch.no_grad():
             value = make()

@@ -127,6 +127,7 @@ class _Counting:
 # the C++ kernels that an op calls on a CPU, where it has any
 CPP_KERNELS = {
     "materialize": {"materialize"},
+    "materialize_": {"materialize"},
     "mask_sums": {"mask_sums"},
     "logits_grad": {"logits_grad"},
     "logits_grad_": {"logits_grad"},
@@ -176,6 +177,21 @@ def test_dtypes_without_a_kernel_run_in_plain_torch(monkeypatch, dtype, calls):
     assert counting.calls == calls
 
 
+@pytest.mark.parametrize("name", [name for name, (schema, _) in _ops.SCHEMAS.items() if "(a!)" in schema])
+def test_autograd_sees_what_an_op_writes_to(name):
+    written, *rest = _every_op()[name]
+    x = torch.ones_like(written, requires_grad=True) if written.is_floating_point() else None
+    out = None if x is None else x * written  # saved for backward
+    before = written._version
+    getattr(ops, name)(written, *rest)
+    assert written._version > before
+    if out is not None:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+    with torch.inference_mode():
+        getattr(ops, name)(written.clone(), *rest)
+
+
 def test_reason_when_the_kernels_cannot_be_loaded(monkeypatch):
     def fail(name):
         raise ImportError(f"no {name} here")
@@ -184,8 +200,8 @@ def test_reason_when_the_kernels_cannot_be_loaded(monkeypatch):
     assert _cpp._load() == (None, "ImportError: no csmask_kernels._cpu here")
 
 
-# Ops that are no kernel of their own on a GPU: two others there.
-MADE_OF_OTHERS = {"masked_linear_backward", "masked_linear_backward_"}
+# Ops that are no kernel of their own on a GPU: others do their work there.
+MADE_OF_OTHERS = {"materialize_", "masked_linear_backward", "masked_linear_backward_"}
 
 
 def test_every_op_has_a_kernel_for_gpus_and_there_is_no_silent_fallback(monkeypatch):
@@ -216,6 +232,7 @@ def _every_op():
     bits = reference.pack_mask(s)
     return {
         "materialize": (w, s, t, False, 1.5, None, True),
+        "materialize_": (torch.zeros_like(w), w, s, t, False, 1.5),
         "mask_sums": (s, t, False, 1.5, 3),
         "logits_grad": (w, w, s, t, dl0, 1.5),
         "logits_grad_": (torch.ones_like(s), w, w, s, t, dl0, 1.5),
