@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from csmask import _cpp_units, philox
+from csmask import philox
+from csmask._ops import ops
 
 _cpu = pytest.importorskip("csmask_kernels._cpu", reason="the C++ back end is not built")
 
@@ -156,13 +157,13 @@ def test_the_operator_draws_what_csmask_philox_draws():
         for dtype in (torch.int64,) if kind == "words" else (*FLOATS, torch.float64):
             out = torch.full((37, 11), -77, dtype=dtype)
             version = out._version
-            _cpp_units.philox_(out, kind, seed & M32, seed >> 32, 4, 2, 0.25)
+            ops.philox_(out, kind, seed & M32, seed >> 32, 4, 2, 0.25)
             want = plain(407, seed, 4, 2)
             assert torch.equal(out.view(-1), want if kind == "words" else (want * 0.25).to(dtype)), dtype
             assert out._version > version  # autograd must know that it changed
     with torch.inference_mode():
         out = torch.empty(5)
-        _cpp_units.philox_(out, "normal", 1, 2, 3, 4, 1.0)
+        ops.philox_(out, "normal", 1, 2, 3, 4, 1.0)
         assert torch.equal(out, philox.random_normal(5, 2 << 32 | 1, 3, 4))
 
 
