@@ -128,7 +128,7 @@ def triton_kernel(name: str) -> Callable[..., Any]:
 
 
 def gpu_back_end() -> str:
-    """One line on the GPU back end: what it is and which launch configs it would use, or why there is none."""
+    """One line on the GPU back end: what it is, or why there is none."""
     try:
         triton_kernel("materialize")
         launch = importlib.import_module("csmask_kernels.launch")
@@ -136,10 +136,23 @@ def gpu_back_end() -> str:
         return f"none: {error}"
     if not torch.cuda.is_available():
         return "Triton kernels, for when there is a GPU"
+    return f"Triton kernels for {launch.target_of(torch.empty(0, device='cuda')).family}"
+
+
+def launch_configs() -> str:
+    """One line on the launch configs in use: the table's file, or why there is none."""
+    if not torch.cuda.is_available():
+        return "none in use: no GPU"
+    try:
+        launch = importlib.import_module("csmask_kernels.launch")
+    except ImportError as error:
+        return f"none: {error}"
     target = launch.target_of(torch.empty(0, device="cuda"))
     path = launch.config_path(target)
-    configs = f"launch configs of {path.stem}" if path else "general launch configs"
-    return f"Triton kernels for {target.family}, {configs}"
+    if path is None:
+        return f"general ones: there is no table for {target.name} ({target.family})"
+    whose = f"measured on {target.name}" if path.stem != target.family else f"of all {target.family}, not measured"
+    return f"{path} ({whose})"
 
 
 def _run_triton(name: str) -> Callable[..., Any]:

@@ -57,20 +57,31 @@ def _version(package: str) -> str:
 
 
 def _back_ends() -> dict[str, str]:
-    from . import _cpp, _ops
+    from . import _ops
 
-    if _cpp.kernels is None:
-        cpu = (
-            f"reference (plain torch): the C++ kernels are not there ({_cpp.kernels_missing}); "
-            "to have them, install a C++17 compiler and install csmask again"
-        )
-    else:
-        usable = ", ".join(_cpp.kernels.instruction_sets())
-        cpu = f"C++ for materialize, {_cpp.kernels.instruction_set()} (of {usable}); reference for the rest"
     return {
-        "back end, CPU": cpu,
+        **_cpu_back_end(),
         "back end, GPU": _ops.gpu_back_end(),
+        "launch configs": _ops.launch_configs(),
         "back end, others": "reference (plain torch)",
+    }
+
+
+def _cpu_back_end() -> dict[str, str]:
+    from . import _cpp
+
+    kernels = _cpp.kernels
+    if kernels is None:
+        return {
+            "back end, CPU": f"reference (plain torch): the C++ kernels are not there ({_cpp.kernels_missing}); "
+            "to have them, install a C++17 compiler and install csmask again"
+        }
+    threads = "PyTorch's own" if kernels.shares_threads() else "started for each call: no OpenMP runtime was found"
+    return {
+        "back end, CPU": "C++ kernels",
+        "instruction set": f"{kernels.instruction_set()} (of {', '.join(kernels.instruction_sets())})",
+        "kernels' threads": threads,
+        "largest cache": f"{kernels.last_level_cache() / 2**20:.0f} MiB",
     }
 
 

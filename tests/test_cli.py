@@ -80,11 +80,17 @@ def test_doctor_with_the_kernels(monkeypatch):
     class Kernels:
         instruction_sets = staticmethod(lambda: ["avx512", "baseline"])
         instruction_set = staticmethod(lambda: "avx512")
+        shares_threads = staticmethod(lambda: True)
+        last_level_cache = staticmethod(lambda: 32 << 20)
 
     monkeypatch.setattr(_cpp, "kernels", Kernels)
     report = lines(invoke("doctor"))
-    assert report["back end, CPU"].startswith("C++")
-    assert "avx512 (of avx512, baseline)" in report["back end, CPU"]
+    assert report["back end, CPU"] == "C++ kernels"
+    assert report["instruction set"] == "avx512 (of avx512, baseline)"
+    assert report["kernels' threads"] == "PyTorch's own"
+    assert report["largest cache"] == "32 MiB"
+    Kernels.shares_threads = staticmethod(lambda: False)
+    assert lines(invoke("doctor"))["kernels' threads"] == "started for each call: no OpenMP runtime was found"
 
 
 def test_doctor_says_why_there_are_no_kernels(monkeypatch):
@@ -99,12 +105,18 @@ def test_doctor_says_why_there_are_no_kernels(monkeypatch):
 def test_doctor_says_what_runs_on_a_gpu(monkeypatch):
     if not torch.cuda.is_available():
         assert lines(invoke("doctor"))["back end, GPU"] == "Triton kernels, for when there is a GPU"
+        assert lines(invoke("doctor"))["launch configs"] == "none in use: no GPU"
     launch = _ops.importlib.import_module("csmask_kernels.launch")
     target = launch.Target("cuda", "90", "NVIDIA H9000")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launch, "target_of", lambda _tensor: target)
     monkeypatch.setattr(torch, "empty", lambda *_args, **_options: None)
-    assert _ops.gpu_back_end() == "Triton kernels for sm_90, launch configs of sm_90"
+    assert _ops.gpu_back_end() == "Triton kernels for sm_90"
+    assert _ops.launch_configs().endswith("configs/sm_90.json (of all sm_90, not measured)")
+    monkeypatch.setattr(launch, "config_path", lambda _target: launch.CONFIG_DIRECTORY / "NVIDIA_H9000.json")
+    assert _ops.launch_configs().endswith("configs/NVIDIA_H9000.json (measured on NVIDIA H9000)")
+    monkeypatch.setattr(launch, "config_path", lambda _target: None)
+    assert _ops.launch_configs() == "general ones: there is no table for NVIDIA H9000 (sm_90)"
 
     def fail(name):
         raise ImportError("no triton here")

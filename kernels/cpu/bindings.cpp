@@ -8,6 +8,7 @@
 #include "arrays.h"
 #include "isa.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -23,6 +24,9 @@ NB_MODULE(_cpu, module) {
   module.def("instruction_sets", &csmask::instruction_sets, "Those this CPU can run, best first.");
   module.def("force_instruction_set", &csmask::force_instruction_set, "name"_a,
              "For tests only: use this instruction set. ValueError where it is unknown or this CPU cannot run it.");
+  module.def(
+      "shares_threads", [] { return csmask::has_openmp(); },
+      "Whether kernels run on the OpenMP threads that are there already, PyTorch's; else on threads of their own.");
   module.def("last_level_cache", &csmask::last_level_cache, "Bytes of this machine's largest cache.");
   module.def(
       "prefer_huge_pages",

@@ -20,6 +20,11 @@ namespace csmask {
 // Whether this process was forked: the runtime's threads did not come along, and waiting for them would take forever.
 bool is_forked();
 
+// Whether an OpenMP runtime is loaded.
+inline bool has_openmp() {
+  return GOMP_parallel != nullptr && omp_get_thread_num != nullptr && omp_get_num_threads != nullptr;
+}
+
 template <typename Work>
 struct Split {
   const Work& work;
@@ -48,7 +53,7 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Wor
     split.run(0);
     return;
   }
-  if (GOMP_parallel != nullptr && omp_get_thread_num != nullptr && omp_get_num_threads != nullptr && !is_forked()) {
+  if (has_openmp() && !is_forked()) {
     // The team can be smaller than what was asked for, in a parallel region of the caller's it is one thread.
     const auto body = [](void* data) {
       const auto& ours = *static_cast<const Split<Work>*>(data);
