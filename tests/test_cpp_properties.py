@@ -13,7 +13,7 @@ import os
 
 import pytest
 import torch
-from cpp_views import BLOCK, FLOATS, STORAGE, VIEWS, SmallCache, lay, same_bits
+from cpp_views import BLOCK, FLOATS, STORAGE, VIEWS, SmallCache, assert_only_wrote, lay, same_bits
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -156,6 +156,27 @@ def test_materialize(mask, machine, weight_dtype, dtype, hard, scale, counts):
     assert counted.tolist() == again_counted.tolist() == want
 
 
+@examples(150)
+@given(masks(), MACHINES, *[st.sampled_from(FLOATS)] * 2, st.booleans(), SCALES)
+def test_materialize_in_place(mask, machine, weight_dtype, dtype, hard, scale):
+    """In memory that is there already, whatever its layout: the bits of new memory, and nothing beside it."""
+    inputs, shape, logits, temperature = mask
+    weight, arguments = inputs.normal(shape, weight_dtype), (logits, temperature, hard, scale)
+    with machine.running():
+        out, memory = lay(torch.zeros(shape, dtype=dtype), inputs.draw(st.sampled_from(VIEWS)))
+        untouched, version = memory.clone(), out._version
+        l0 = ops.materialize_(out, weight, *arguments)
+        want, want_l0, _ = ops.materialize(weight, *arguments, dtype)
+        inputs.assert_untouched()
+    assert same_bits(out, want)
+    assert out._version > version
+    assert_only_wrote(memory, untouched, out)
+    plain, oracle = (reference.materialize(w, s, *arguments[1:])[1] for w, s in (
+        (weight, logits), (weight.double(), logits.double())))  # fmt: skip
+    for got in (l0, want_l0):
+        check({"l0": got}, {"l0": oracle}, {"l0": plain})
+
+
 @examples(200)
 @given(masks(), MACHINES, st.booleans(), SCALES, st.booleans(), st.sampled_from([1, 3, 768]))
 def test_mask_sums(mask, machine, hard, scale, counts, per_logit):
@@ -204,8 +225,7 @@ def test_logits_grad(mask, machine, weight_dtype, dwm_dtype, dl0, scale, adds):
     else:
         check({"dlogits": again}, {"dlogits": oracle}, {"dlogits": plain})  # a sum in another order
     if adds:
-        untouched.as_strided(start.shape, start.stride(), start.storage_offset()).copy_(start)
-        assert same_bits(memory, untouched), "written beside the result"
+        assert_only_wrote(memory, untouched, start)
     else:
         assert got.stride() == torch.empty_like(logits).stride()
 
@@ -328,8 +348,7 @@ def test_masked_linear_backward(linear, machine, dl0, op):
                 untouched = memory.clone()
                 dx = run(dlogits, *arguments)
                 got = {"dlogits": dlogits} if op == "dlogits_" else {"dx": dx, "dlogits": dlogits}
-                untouched.as_strided(dlogits.shape, dlogits.stride(), dlogits.storage_offset()).copy_(dlogits)
-                assert same_bits(memory, untouched), "written beside the result"
+                assert_only_wrote(memory, untouched, dlogits)
             linear.check(got, before, dl0=dl0)
             linear.inputs.assert_untouched()
 
@@ -345,6 +364,21 @@ def test_gradients_together_are_those_alone(linear, machine, dl0):
         dx_alone = ops.masked_linear_dx(linear.dout, *linear.mask, False, linear.scale, linear.transposed)
     assert same_bits(dlogits, alone)
     assert same_bits(dx, dx_alone)
+
+
+@examples(150)
+@given(linears(), MACHINES, st.booleans())
+def test_bitmask_linear(linear, machine, backward):
+    """Packed bits give what the hard mask they were packed from gives."""
+    with machine.running():
+        for example in (linear, linear.alike()):
+            bits = ops.pack_mask(example.logits)
+            rest = (example.weight, bits, *(() if backward else (example.bias,)), example.scale, example.transposed)
+            if backward:
+                linear.check({"dx": ops.bitmask_linear_dx(example.dout, *rest)}, hard=True)
+            else:
+                linear.check({"out": ops.bitmask_linear(example.x, *rest)}, hard=True)
+            linear.inputs.assert_untouched()
 
 
 def test_small_caches_make_several_blocks(monkeypatch):
