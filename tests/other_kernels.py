@@ -10,6 +10,7 @@ import os
 import sys
 
 import csmask_kernels
+import torch  # noqa: F401 - before the kernels, which then run on the threads that it brings
 
 FILE = os.environ["CSMASK_CPU_MODULE"]
 _spec = importlib.util.spec_from_file_location("csmask_kernels._cpu", FILE)
