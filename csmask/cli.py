@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,12 +96,16 @@ def demo(
     control_head: Annotated[
         str, typer.Option(help='Head of the shuffled control: "same" as MiniLM\'s, or "refit" on the shuffled model.')
     ] = "same",
+    execution: Annotated[
+        str, typer.Option(help='When masks are computed: "auto", or "reference" for plain PyTorch ...')
+    ] = "auto",
 ) -> None:
     """Find the circuit that tells nouns from verbs in a pretrained MiniLM."""
     from .demo.noun_verb import run_command
 
-    options = {"seed": seed, "steps": steps, "output": output, "device": device, "resume": resume}
-    raise typer.Exit(run_command(**options, mask_seeds=mask_seeds, control_head=control_head))
+    options: dict[str, Any] = {"seed": seed, "steps": steps, "output": output, "device": device, "resume": resume}
+    options.update(mask_seeds=mask_seeds, control_head=control_head, execution=execution)
+    raise typer.Exit(run_command(**options))
 
 
 def main() -> None:

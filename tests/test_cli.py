@@ -139,7 +139,7 @@ def test_doctor_names_a_package_that_is_missing(monkeypatch):
 
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
-    masks = {"mask_seeds": noun_verb.MASK_SEEDS, "control_head": "same"}
+    masks = {"mask_seeds": noun_verb.MASK_SEEDS, "control_head": "same", "execution": "auto"}
     monkeypatch.setattr(noun_verb, "run_command", lambda **options: calls.append(options) or 0)
     result = invoke("demo", "--seed", "3", "--steps", "7", "--output", str(tmp_path), "--device", "cuda", "--resume")
     assert result.exit_code == 0, result.output

@@ -106,6 +106,7 @@ def find_circuit(
         target_layers="all-linear",
         l0_lambda=settings.l0_lambda,
         l0_reduction="mean",
+        execution=settings.execution,
     )
     data = digest(task.train, task.test, task.head.weight.tolist(), task.head.bias.item(), rest_fingerprint(task.model))
     circuit = CircuitModel(config, task.model)
@@ -209,6 +210,7 @@ def run(
     *,
     mask_seeds: int = MASK_SEEDS,
     control_head: str = "same",
+    execution: str = "auto",
     task: Task | None = None,
 ) -> dict[str, Any]:
     """Run the demo: train, judge, print, draw and save.
@@ -220,6 +222,7 @@ def run(
     resume: go on with an interrupted run of the same options
     mask_seeds: how many masks to train, with seeds ``seed``, ``seed + 1`` ...
     control_head: the head of the shuffled control, ``"same"`` as MiniLM's or ``"refit"`` on the shuffled model
+    execution: when the masks are computed, see ``CircuitConfig``; ``"reference"`` is plain PyTorch
     task: instead of WordNet and MiniLM
 
     Returns what it writes to ``metrics.json``.
@@ -231,7 +234,9 @@ def run(
     """
     started = time.perf_counter()
     _check_options(device, mask_seeds, control_head, seed)
-    settings = Settings(seed=seed) if steps is None else Settings(seed=seed, steps=steps)
+    CircuitConfig(execution=execution)  # a wrong word is an error before there is a folder
+    settings = Settings(seed=seed, execution=execution)
+    settings = settings if steps is None else replace(settings, steps=steps)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     task = prepare(device) if task is None else task
@@ -290,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=CONTROL_HEADS,
         default="same",
         help="head of the shuffled control: MiniLM's own, or one refitted on the shuffled model (default same)",
+    )
+    parser.add_argument(
+        "--execution", default="auto", help='when masks are computed; "reference" is plain PyTorch (default auto)'
     )
     return run_command(**vars(parser.parse_args(argv)))
 

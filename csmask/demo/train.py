@@ -34,6 +34,7 @@ class Settings:
 
     l0_lambda: weight of the mean l0 (the kept fraction) against the mean cross-entropy
     init_noise: standard deviation of the noise on the logits' start value; with the batch order, what ``seed`` decides
+    execution: when the mask is computed, see ``CircuitConfig``; the same numbers but for rounding
     """
 
     seed: int = 0
@@ -44,6 +45,7 @@ class Settings:
     mask_init_value: float = 0.02
     init_noise: float = 0.005
     max_temperature: float = 200.0
+    execution: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):

@@ -123,7 +123,7 @@ void bind_masks(nb::module_& module) {
 
 m = scale * sigmoid(temperature * S) in fp32 (soft), or hard: scale where S > 0, else 0, as a select (an infinite or NaN
 weight outside gives +0, and scale 1 keeps the weight's bits). l0 is the sum of m; kept counts S > 0, undecided
-|temperature * S| < 4, both 0 unless `counts`. Results depend neither on threads nor on the instruction set.
+|temperature * S| < 4, both 0 unless `counts`. Results do not depend on threads, nor on the instruction set where it has fused products (all but baseline).
 
 weight, mask_logits, out: one shape, any strides (logits shared by several weights are expanded: stride 0).
 weight, out: float32, bfloat16 or float16; mask_logits float32; none requiring grad.
