@@ -63,6 +63,7 @@ def masked_linear(
     w, logits = _oriented(weight, mask_logits, transposed)
     out = x.new_empty(x.shape[0], w.shape[0])
     size = _block_features(w.shape[0], w.shape[1], w.element_size(), x.element_size())
+    x = _for_products(x)
     scratch, t, l0 = _scratch(w, size, 0, x.dtype), temperature.item(), 0.0
     for block in _blocks(w.shape[0], size):
         wm = scratch[: block.stop - block.start]
@@ -90,7 +91,7 @@ def bitmask_linear(
     if not _has_kernel(None, weight, x):
         return _plain.OPS["bitmask_linear"](x, weight, bits, bias, scale, transposed)
     w, steps = _with_bit_steps(weight, transposed)
-    out = x.new_empty(x.shape[0], w.shape[0])
+    x, out = _for_products(x), x.new_empty(x.shape[0], w.shape[0])
     size = _block_features(w.shape[0], w.shape[1], w.element_size(), x.element_size())
     scratch = _scratch(w, size, 0, x.dtype)
     for block in _blocks(w.shape[0], size):
@@ -104,7 +105,7 @@ def bitmask_linear_dx(dout: Tensor, weight: Tensor, bits: Tensor, scale: float, 
     if not _has_kernel(None, weight, dout):
         return _plain.OPS["bitmask_linear_dx"](dout, weight, bits, scale, transposed)
     w, steps = _with_bit_steps(weight, transposed)
-    dx = dout.new_empty(dout.shape[0], w.shape[1])
+    dout, dx = _for_products(dout), dout.new_empty(dout.shape[0], w.shape[1])
     size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())
     scratch = _scratch(w, size, 1, dout.dtype)
     for block in _blocks(w.shape[1], size):
@@ -181,6 +182,11 @@ def _oriented(weight: Tensor, mask_logits: Tensor, transposed: bool) -> tuple[Te
     return (weight.detach().t(), logits.t()) if transposed else (weight.detach(), logits)
 
 
+def _for_products(rows: Tensor) -> Tensor:
+    """``rows`` as a BLAS takes it: what it cannot take it would copy for every block."""
+    return rows if 1 in rows.stride() and 0 not in rows.stride() else rows.contiguous()
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
         torch.mm(a, b, out=out)
@@ -195,6 +201,7 @@ def _visit(
     """Write the gradients that are asked for: ``dx (M, K)``, and from ``x (M, K)`` ``dlogits (N, K)`` or add to it."""
     kernels, threads = _cpp.kernels, torch.get_num_threads()
     assert kernels is not None
+    dout, x = _for_products(dout), x if x is None else _for_products(x)
     size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())
     scratch = _scratch(w, size, 1, dout.dtype)
     streams = dlogits is not None and 2 * dlogits.nbytes > kernels.last_level_cache()

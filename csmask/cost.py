@@ -131,7 +131,9 @@ def choose(rows: int | None, weight: torch.Tensor, ceilings: Ceilings, trains: b
             every forward but the first one a dense one, so they are ``"per_forward"``.
         kept: whether the masked weight may be kept.
     """
-    has_kernel = weight.dim() == 2 and _cpp.kernels is not None if ceilings.in_blocks else weight.dim() in (2, 3, 4)
+    has_kernel = weight.dim() in (2, 3, 4)
+    if ceilings.in_blocks:
+        has_kernel = weight.dim() == 2 and _cpp.has_kernel(None, weight.dtype)
     if rows is None or not trains or not has_kernel:
         return "per_forward"
     out_features = weight.shape[0]

@@ -7,7 +7,8 @@ Each function has the meaning of its namesake in ``reference``. What differs is 
     weight's gradient into that of the logits. The masked weight is not saved but rebuilt in backward.
 ``"in_kernel"``
     The mask is computed inside the matrix product or convolution, on the tile at hand; neither the masked weight nor
-    its gradient is ever in memory. On devices without such kernels this runs as ``"per_forward"`` does.
+    its gradient is ever in memory. Where there is no such kernel (convolutions on a CPU, fp64, other devices) the
+    masked weight is made in forward and again in backward.
 
 With one logit per output unit, both scale the dense operation's output instead, and there is no weight gradient at all.
 These functions have first derivatives; for higher ones use ``reference``.

@@ -5,6 +5,7 @@ Gradient accumulation then pays for the mask once, and backward finds what forwa
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,11 @@ class MaskedWeight:
     def _retire(self) -> None:
         """What is kept is out of date; on a CPU its memory serves the next one: new memory is slower than kernels."""
         kept, self._kept = self._kept, None
-        if kept is not None and len(kept[2]) == 2 and kept[2][0].device.type == "cpu":
+        if kept is None or len(kept[2]) != 2 or kept[2][0].device.type != "cpu":
+            return
+        # Another thread may be multiplying with it: then it is left to that thread. 2: where it is held, and the call.
+        held = sys.getrefcount(kept), sys.getrefcount(kept[2]), sys.getrefcount(kept[2][0])
+        if held == (2, 2, 2):
             self._stale[:] = kept[2][:1]
 
     def _reuse(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -99,7 +104,9 @@ class MaskedWeight:
 
     def get_bits(self, mask_logits: Tensor) -> Tensor:
         """``ops.pack_mask``'s bits, kept ones if they are still right."""
-        return self._keep((mask_logits,), ("bits",), lambda: (ops.pack_mask(mask_logits.detach()),))[0]
+        bits = self._keep((mask_logits,), ("bits",), lambda: (ops.pack_mask(mask_logits.detach()),))[0]
+        self._stale.clear()  # bits are kept to save that memory
+        return bits
 
     def _keep(
         self, tensors: tuple[Tensor, ...], options: tuple[Any, ...], make: Callable[[], tuple[Tensor, ...]]

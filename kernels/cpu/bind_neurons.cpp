@@ -134,8 +134,8 @@ void scale_neurons(const InArray& z, const InArray& mask_logits, double temperat
   args.layout = layout_of({o, source});
   if (bias) {
     const Operand b = operand("bias", *bias);
-    args.bias = unit_values(b, float_dtype(b));
     check_per_unit(b, source, dim);
+    args.bias = unit_values(b, float_dtype(b));
     check_apart(o, b);
   }
   if (args.layout.numel == 0) return;

@@ -5,6 +5,7 @@
 // instruction set it met first.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace csmask {

@@ -59,7 +59,9 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Wor
       const auto& ours = *static_cast<const Split<Work>*>(data);
       for (std::int64_t part = omp_get_thread_num(); part < ours.parts; part += omp_get_num_threads()) ours.run(part);
     };
-    GOMP_parallel(body, const_cast<Split<Work>*>(&split), static_cast<unsigned>(parts), 0);
+    // The whole team, as PyTorch asks for: for a smaller one the runtime ends threads, which the next call starts
+    // again.
+    GOMP_parallel(body, const_cast<Split<Work>*>(&split), static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> workers;
