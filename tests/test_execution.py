@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +15,7 @@ from models import MODELS, PlainModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from csmask import CircuitConfig, CircuitModel, _cpp, cost, functional, reference, testing
+from csmask import CircuitConfig, CircuitModel, _cpp, _cpp_linear, autograd, cost, functional, reference, testing
 from csmask._ops import ops
 from csmask.masked_weight import MaskedWeight
 
@@ -697,3 +698,44 @@ def test_a_circuit_compiles_to_one_graph_and_annealing_does_not_recompile(name, 
             larger = {k: torch.cat([v, v]) for k, v in batch.items()} if temperature == 50.0 else batch
             for got, want in zip(loss_and_grads(compiled, larger), loss_and_grads(circuit, larger), strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_that_another_thread_multiplies_with_is_left_to_it(monkeypatch):
+    circuit, x = build("linear-no-bias", execution="per_forward")
+    expected = circuit(x).detach().clone()
+    original, inside, go_on = autograd._dense_forward, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        if threading.current_thread().name == "first" and not inside.is_set():
+            inside.set()
+            go_on.wait(10)
+        return original(*arguments)
+
+    monkeypatch.setattr(autograd, "_dense_forward", slow)
+    found = []
+    first = threading.Thread(name="first", target=lambda: found.append(circuit(x).detach()))
+    first.start()
+    inside.wait(10)
+    with torch.no_grad():
+        circuit.mask_parameters()[0].add_(3.0)
+    circuit(x)  # would take the memory
+    go_on.set()
+    first.join()
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.skipif(_cpp.kernels is None, reason="the C++ back end is not built")
+def test_blocks_do_not_copy_what_a_product_cannot_take(monkeypatch):
+    monkeypatch.setattr(_cpp_linear, "_block_features", lambda features, *_: 64)
+    weight, logits = torch.randn(256, 256), torch.randn(256, 256, requires_grad=True)
+    strided, expanded = torch.randn(8, 512)[:, ::2], torch.ones(1, 1).expand(8, 256)
+
+    def copies(x, dout):
+        x = x.detach().requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            functional.masked_linear(x, weight, logits, 1.0, execution="in_kernel").backward(dout)
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::clone")
+
+    plain = copies(torch.randn(8, 256), torch.randn(8, 256))
+    assert copies(strided, torch.randn(8, 256)) <= plain + 2  # once forward, once backward
+    assert copies(torch.randn(8, 256), expanded) <= plain + 1
