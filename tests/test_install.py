@@ -168,7 +168,7 @@ def test_wheel_install(installed, tmp_path):
     assert Path(answer["installed"][0]).is_relative_to(environment)
     said = call(environment / "bin" / "csmask", "--version", cwd=tmp_path)
     assert said.splitlines()[-1] == csmask.__version__
-    assert "C++ for materialize" in call(python, "-m", "csmask", "doctor", cwd=tmp_path)
+    assert "C++ kernels" in call(python, "-m", "csmask", "doctor", cwd=tmp_path)
 
 
 @needs_compiler
