@@ -25,7 +25,7 @@ NB_MODULE(_cpu, module) {
   module.def("force_instruction_set", &csmask::force_instruction_set, "name"_a,
              "For tests only: use this instruction set. ValueError where it is unknown or this CPU cannot run it.");
   module.def(
-      "shares_threads", [] { return csmask::has_openmp(); },
+      "shares_threads", [] { return csmask::openmp() != nullptr; },
       "Whether kernels run on the OpenMP threads that are there already, PyTorch's; else on threads of their own.");
   module.def("last_level_cache", &csmask::last_level_cache, "Bytes of this machine's largest cache.");
   module.def(

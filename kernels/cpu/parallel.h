@@ -6,24 +6,21 @@
 #include <thread>
 #include <vector>
 
-// GNU's OpenMP runtime, which PyTorch has loaded (LLVM's has the same entry points). Weak, and not linked with: a
-// second runtime would have threads of its own, that compete with PyTorch's for the cores. Where there is none they are
-// null.
-extern "C" {
-__attribute__((weak)) void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
-__attribute__((weak)) int omp_get_thread_num();
-__attribute__((weak)) int omp_get_num_threads();
-}
-
 namespace csmask {
+
+// GNU's OpenMP runtime, which PyTorch has loaded (LLVM's has the same entry points on Linux). Looked up and not linked
+// with: a second runtime would have threads of its own, that compete with PyTorch's for the cores.
+struct OpenMP {
+  void (*parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+  int (*thread_num)();
+  int (*num_threads)();
+};
+
+// Null where no runtime is loaded.
+const OpenMP* openmp();
 
 // Whether this process was forked: the runtime's threads did not come along, and waiting for them would take forever.
 bool is_forked();
-
-// Whether an OpenMP runtime is loaded.
-inline bool has_openmp() {
-  return GOMP_parallel != nullptr && omp_get_thread_num != nullptr && omp_get_num_threads != nullptr;
-}
 
 template <typename Work>
 struct Split {
@@ -53,15 +50,21 @@ void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Wor
     split.run(0);
     return;
   }
-  if (has_openmp() && !is_forked()) {
+  const OpenMP* const runtime = is_forked() ? nullptr : openmp();
+  if (runtime != nullptr) {
     // The team can be smaller than what was asked for, in a parallel region of the caller's it is one thread.
+    struct Team {
+      const Split<Work>& split;
+      const OpenMP& runtime;
+    } team{split, *runtime};
     const auto body = [](void* data) {
-      const auto& ours = *static_cast<const Split<Work>*>(data);
-      for (std::int64_t part = omp_get_thread_num(); part < ours.parts; part += omp_get_num_threads()) ours.run(part);
+      const auto& ours = *static_cast<const Team*>(data);
+      const std::int64_t size = ours.runtime.num_threads();
+      for (std::int64_t part = ours.runtime.thread_num(); part < ours.split.parts; part += size) ours.split.run(part);
     };
     // The whole team, as PyTorch asks for: for a smaller one the runtime ends threads, which the next call starts
     // again.
-    GOMP_parallel(body, const_cast<Split<Work>*>(&split), static_cast<unsigned>(threads), 0);
+    runtime->parallel(body, &team, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> workers;
