@@ -57,6 +57,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.mode = [mode for mode in MODES if not options.mode or mode in options.mode]
     if options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
+    if options.quick and options.output == DEFAULT_OUTPUT:
+        parser.error(
+            "--quick times nothing that means anything: give it an --output of its own, such as --output /tmp/quick"
+        )
     try:
         options.shapes = shapes(options.device, options.quick, options.shapes, options.dtypes)
     except ValueError as error:

@@ -364,3 +364,9 @@ def test_a_missed_target_is_profiled_on_request(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "MISSED per_forward / compile" in printed
     assert "csmask::materialize" in printed
+
+
+def test_a_quick_run_does_not_write_among_the_results(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--quick", "--mode", "fwd_bwd"])
+    assert "give it an --output of its own" in capsys.readouterr().err
