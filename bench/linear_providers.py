@@ -145,18 +145,18 @@ class Layers:
         config = CircuitConfig(target_layers="all", execution=execution, l0_lambda=L0_LAMBDA)
         circuit = CircuitModel(config, LinearModel(self.weights))
         circuit.temperature = TEMPERATURE
+        parameters = circuit.mask_parameters()
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             output = circuit(x)
             return output.out, output.loss
 
         def start() -> None:
-            # Every step has new logits, also where the optimizer is left out of the time.
-            for layer in circuit.masked_layers.values():
-                layer.masked_weight.drop()
+            # As an optimizer's step does: every step has new logits, also where it is left out of the time.
+            torch.autograd.graph.increment_version(parameters)
 
         note = f"picks {self.pick()}" if execution == "auto" else ""
-        return self._started(Provider(circuit.mask_parameters(), forward, start, dl0=1.0, note=note))
+        return self._started(Provider(parameters, forward, start, dl0=1.0, note=note))
 
     def pick(self) -> str:
         """The execution that ``auto`` takes for this shape, as a layer in training asks for it."""

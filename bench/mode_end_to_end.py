@@ -3,7 +3,8 @@
 BERT-base, GPT-2 small, ViT-base and ResNet-50 from their configs, batches of 8, in eval mode (no dropout, for nobody).
 ``dense`` trains everything; the others train masks over every linear layer (of ResNet: everything) but the output head.
 ``eager`` is NeuroSurgeon's own ``CircuitModel``; where it cannot mask a model, ``eager (plain)`` is its formula on the
-model's own forward, and ``config`` says why. All masked ones start from the same logits and must have the same loss.
+model's own forward, and ``config`` says why. All masked ones start from the same logits and must have the loss of plain
+torch and its gradient of every layer's logits.
 """
 
 from __future__ import annotations
@@ -26,10 +27,21 @@ from csmask import CircuitConfig, CircuitModel
 EXECUTIONS = ("per_forward", "auto")
 BATCH, TOKENS = 8, 128
 ROUNDS = 3
-L0_LAMBDA = 1e-8
-# Relative; fp32 losses of these models differ by some 1e-6 between orders of summation.
+# So large that losses and gradients would show a lost l0 term; the time does not depend on it.
+L0_LAMBDA = 1e-7
+# Relative; fp32 losses of these models differ by some 1e-6 between orders of summation, gradients by some 1e-5.
 LARGEST_LOSS_ERROR = 1e-4
+LARGEST_GRADIENT_ERROR = 1e-3
 Step = Callable[[], Tensor]
+
+
+@dataclasses.dataclass
+class Training:
+    """What is timed, the parameters that it changes, and the loss that it takes down."""
+
+    step: Step
+    parameters: list[nn.Parameter]
+    loss: Step
 
 
 @dataclasses.dataclass
@@ -50,21 +62,20 @@ def tasks(context: Context, options: argparse.Namespace) -> list[tuple[str, Call
 
 
 def end_to_end(context: Context, name: str) -> None:
-    """Time the steps of one model in turns; a provider whose loss is not the others' is recorded and not timed."""
+    """Time the steps of one model in turns; a provider with another loss or gradient is recorded and not timed."""
     torch.manual_seed(0)
     case = cases(context.device, context.toy)[name]
     base = case.make().to(context.device).eval()
     logits = _logits(base, case.targets)
-    with torch.no_grad():
-        expected = float(plain_loss(base, logits, case.inputs))
+    expected = _plain_results(base, logits, case.inputs)
     calls: dict[str, Step] = {}
     notes: dict[str, str] = {}
     for provider, make in _providers(base, logits, case, notes).items():
         try:
-            step, loss = make()
-            if provider != "dense" and not abs(loss - expected) <= LARGEST_LOSS_ERROR * abs(expected):
-                raise AssertionError(f"wrong numbers, not timed: the loss is {loss:.7g}, plain torch's {expected:.7g}")
-            calls[provider] = step
+            training = make()
+            if provider != "dense":
+                check(training, *expected)
+            calls[provider] = training.step
         except Exception as error:  # noqa: BLE001, PERF203, recorded
             context.fail(f"{name} {provider}", Failure.of(error))
     times = context.measure(name, "end_to_end", case.x, calls, float("inf"), graph=False, config=notes)
@@ -73,6 +84,24 @@ def end_to_end(context: Context, name: str) -> None:
             ratio = timing.p50 / times["dense"].p50
             context.results.add(
                 name, provider, "end_to_end", "over dense", "x", case.x, ratio, None, notes.get(provider, "")
+            )
+
+
+def check(training: Training, expected_loss: float, expected_gradients: dict[str, Tensor]) -> None:
+    """Raise unless the loss and every gradient are near what is expected; the parameters have none afterwards."""
+    loss = training.loss()
+    loss.backward()
+    gradients = [parameter.grad for parameter in training.parameters]
+    for parameter in training.parameters:
+        parameter.grad = None
+    found = float(loss.detach())
+    if not abs(found - expected_loss) <= LARGEST_LOSS_ERROR * abs(expected_loss):
+        raise AssertionError(f"wrong numbers, not timed: the loss is {found:.7g}, plain torch's {expected_loss:.7g}")
+    for got, (name, right) in zip(gradients, expected_gradients.items(), strict=True):
+        error = float("nan") if got is None else float((got - right).norm() / right.norm())
+        if not error <= LARGEST_GRADIENT_ERROR:  # NaN neither
+            raise AssertionError(
+                f"wrong numbers, not timed: the gradient of {name} {error:.2g} > {LARGEST_GRADIENT_ERROR}"
             )
 
 
@@ -129,16 +158,26 @@ def plain_loss(model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Te
     return output.loss + L0_LAMBDA * sum(torch.sigmoid(values).sum() for values in logits.values())
 
 
-# Providers: each gives its step and its loss before the first one
+def _plain_results(
+    model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradient of every layer's logits."""
+    leaves = {name: values.clone().requires_grad_() for name, values in logits.items()}
+    loss = plain_loss(model, leaves, inputs)
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return float(loss.detach()), dict(zip(leaves, gradients, strict=True))
+
+
+# Providers
 
 
 def _providers(
     base: nn.Module, logits: dict[str, Tensor], case: Case, notes: dict[str, str]
-) -> dict[str, Callable[[], tuple[Step, float]]]:
+) -> dict[str, Callable[[], Training]]:
     def copied() -> nn.Module:
         return copy.deepcopy(base)
 
-    found: dict[str, Callable[[], tuple[Step, float]]] = {"dense": lambda: _dense(copied(), case.inputs)}
+    found: dict[str, Callable[[], Training]] = {"dense": lambda: _dense(copied(), case.inputs)}
     models = neurosurgeon()
     reason = "NeuroSurgeon is not there"
     if models:
@@ -156,7 +195,7 @@ def _providers(
     return found
 
 
-def _training(parameters: list[nn.Parameter], loss_of: Step) -> tuple[Step, float]:
+def _training(parameters: list[nn.Parameter], loss_of: Step) -> Training:
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
     def step() -> Tensor:
@@ -166,22 +205,19 @@ def _training(parameters: list[nn.Parameter], loss_of: Step) -> tuple[Step, floa
         optimizer.step()
         return loss.detach()
 
-    with torch.no_grad():
-        return step, float(loss_of())
+    return Training(step, parameters, loss_of)
 
 
-def _dense(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Step, float]:
+def _dense(model: nn.Module, inputs: dict[str, Tensor]) -> Training:
     return _training(list(model.requires_grad_().parameters()), lambda: model(**inputs).loss)
 
 
-def _plain(model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]) -> tuple[Step, float]:
+def _plain(model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]) -> Training:
     parameters = {name: nn.Parameter(values.clone()) for name, values in logits.items()}
     return _training(list(parameters.values()), lambda: plain_loss(model, parameters, inputs))
 
 
-def _neurosurgeon(
-    models: Any, model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]
-) -> tuple[Step, float]:
+def _neurosurgeon(models: Any, model: nn.Module, logits: dict[str, Tensor], inputs: dict[str, Tensor]) -> Training:
     hparams = {"ablation": "none", "mask_unit": "weight", "mask_bias": False, "mask_init_value": 0.0}
     config = models.CircuitConfig(mask_hparams=hparams, target_layers=list(logits), l0_lambda=L0_LAMBDA)
     circuit = models.CircuitModel(config, model).to(next(model.parameters()).device)
@@ -190,7 +226,7 @@ def _neurosurgeon(
     return _training(parameters, lambda: circuit(**inputs).loss)
 
 
-def _csmask(execution: str, model: nn.Module, logits: dict[str, Tensor], case: Case) -> tuple[Step, float]:
+def _csmask(execution: str, model: nn.Module, logits: dict[str, Tensor], case: Case) -> Training:
     config = CircuitConfig(target_layers=case.targets, execution=execution, l0_lambda=L0_LAMBDA)
     circuit = CircuitModel(config, model)
     parameters = circuit.mask_parameters()

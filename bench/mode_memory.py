@@ -2,7 +2,8 @@
 
 ``kept`` is what a step leaves behind beyond W, S and S.grad: a masked weight that is kept for the next micro-batch.
 ``scratch`` is what comes and goes on top of that, in bytes per weight of *one* layer: where it grows with the number of
-layers, each of them holds some of it from forward to backward.
+layers, each of them holds some of it from forward to backward. In it are the blocks that csmask's C++ kernels work in,
+which a thread keeps for all layers; ``scratch of a thread`` gives them alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from linear_providers import Layers
 from linear_training import batch, checked_providers
 from memory_meter import measure
 from providers import Provider, saved_bytes
+
+from csmask import _cpp_linear
 
 LAYERS = 4
 # Few tokens, so that activations are next to nothing beside weights.
@@ -66,9 +69,11 @@ def _measure(context: Context, layers: Layers, name: str, make: Callable[[], Pro
 
     steps(make(), True)  # compiled code and libraries' workspaces are made, and do not count
     provider = make()
+    _cpp_linear.drop_scratch()  # so that it is asked for, and seen, where it is needed
     usage = measure(context.device, lambda: steps(provider, False))
     grads = sum(p.nbytes for p in provider.parameters)
-    kept, scratch = usage.resident - grads, usage.peak - usage.resident
+    of_thread = _cpp_linear.drop_scratch()
+    kept, scratch = usage.resident - grads - of_thread, usage.peak - usage.resident + of_thread
 
     def add(metric: str, size: int, weights: int) -> None:
         context.results.add("masked_linear", name, "memory", metric, "bytes/weight", x, size / weights)
@@ -76,6 +81,7 @@ def _measure(context: Context, layers: Layers, name: str, make: Callable[[], Pro
     weights = shape.weights * count
     add("kept", kept, weights)
     add("scratch", scratch, shape.weights)
+    add("scratch of a thread", of_thread, shape.weights)
     provider = make()
     add("saved for backward", saved_bytes(provider, inputs, layers.weights), weights)
     # Everything: W, the parameter, its gradient, AdamW's states, and the peak of a step. dense has no other weight.

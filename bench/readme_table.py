@@ -105,13 +105,21 @@ def _bandwidth(rows: Rows) -> str:
     copies = values(rows, "bandwidth", "rate", "copy")
     if not copies:
         return ""
+    rate = max(found["torch"] for found in copies.values())
+    text = f"Of the bandwidth of a copy ({rate:.0f} GB/s, read and written): {_percents(rows, 'of copy')}."
+    new = _percents(rows, "of copy, new memory")
+    if new:
+        text += f" Where the result is new memory, which the system clears first while the copy's is there: {new}."
+    return _wrapped(text)
+
+
+def _percents(rows: Rows, metric: str) -> str:
     parts = []
     for kernel in BANDWIDTH_KERNELS:
-        reached = values(rows, "bandwidth", "of copy", kernel)
+        reached = values(rows, "bandwidth", metric, kernel)
         named = [f"{found['csmask']:.0f} % ({x.split()[0]})" for x, found in reached.items()]
         parts += [f"`{kernel}` {', '.join(named)}"] if named else []
-    rate = max(found["torch"] for found in copies.values())
-    return _wrapped(f"Of the bandwidth of a copy ({rate:.0f} GB/s, read and written): {'; '.join(parts)}.")
+    return "; ".join(parts)
 
 
 def _memory(rows: Rows) -> str:

@@ -68,11 +68,20 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def latest(rows: Iterable[dict[str, str]]) -> list[dict[str, Any]]:
-    """The rows of each mode's last run on the device that was measured last, their figures as numbers."""
+    """Of each measurement the rows of its last run on the device that was measured last, their figures as numbers.
+
+    A measurement is a kernel or model in one mode at one size. They come in the order in which they were first made, so
+    that to repeat some of them replaces their figures and leaves the rest.
+    """
     rows = list(rows)
     device = max(rows, key=lambda row: row["time"])["gpu"] if rows else ""
     rows = [row for row in rows if row["gpu"] == device]
-    last: dict[str, str] = {}
+    measurements: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for row in rows:
-        last[row["mode"]] = max(last.get(row["mode"], ""), row["time"])
-    return [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in rows if row["time"] == last[row["mode"]]]
+        measurements.setdefault((row["kernel"], row["mode"], row["x"]), []).append(row)
+    return [
+        {**row, **{name: float(row[name]) for name in NUMBERS}}
+        for measured in measurements.values()
+        for row in measured
+        if row["time"] == max(other["time"] for other in measured)
+    ]

@@ -38,6 +38,13 @@ def _blocks(features: int, size: int) -> Iterator[slice]:
 _memory = threading.local()
 
 
+def drop_scratch() -> int:
+    """Free this thread's memory for blocks, and say how many bytes it had; the next op asks for it anew."""
+    scratch = getattr(_memory, "bytes", None)
+    _memory.bytes = None
+    return 0 if scratch is None else scratch.numel()
+
+
 def _scratch(like: Tensor, size: int, dim: int, dtype: torch.dtype) -> Tensor:
     """Memory for blocks of ``size`` of the 2-d tensor's dimension ``dim``, rows contiguous where its rows are.
 

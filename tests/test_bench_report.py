@@ -30,8 +30,19 @@ def test_the_latest_run_of_each_mode_on_the_last_device_counts():
         row("step", "dense", "a", 3, time="2026-01-02T00:00:00Z"),
         row("auto", "dense", "a", 4, time="2025-01-02T00:00:00Z", gpu="another"),
     ]
-    assert [(r["mode"], r["value"]) for r in table.latest(rows)] == [("memory", 2.0), ("step", 3.0)]
+    assert [(r["mode"], r["value"]) for r in table.latest(rows)] == [("step", 3.0), ("memory", 2.0)]
     assert table.latest([]) == []
+
+
+def test_a_run_of_some_shapes_replaces_these_and_leaves_the_rest():
+    rows = [
+        row("step", "dense", "a", 1, time="2026-01-01T00:00:00Z"),
+        row("step", "eager", "a", 2, time="2026-01-01T00:00:00Z"),
+        row("step", "dense", "b", 3, time="2026-01-01T00:00:00Z"),
+        row("step", "dense", "a", 4, time="2026-01-02T00:00:00Z"),
+        row("step", "dense", "a", 5, kernel="another", time="2026-01-01T00:00:00Z"),
+    ]
+    assert [(r["x"], r["value"]) for r in table.latest(rows)] == [("a", 4.0), ("b", 3.0), ("a", 5.0)]
 
 
 # Targets

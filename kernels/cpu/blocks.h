@@ -12,7 +12,7 @@ static inline void load_into(const void* data, Dtype dtype, int64_t stride, int6
   switch (dtype) {
     case Dtype::float32: load_as<Float32>(data, stride, count, buffer); break;
     case Dtype::bfloat16: load_as<BFloat16>(data, stride, count, buffer); break;
-    case Dtype::float16: load_as<Float16>(data, stride, count, buffer); break;
+    case Dtype::float16: load_fp16(data, stride, count, buffer); break;
   }
 }
 

@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#ifdef CSMASK_HAVE_avx2
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
 
@@ -30,14 +34,22 @@ namespace {
 
 [[maybe_unused]] bool always() { return true; }
 
+#ifdef CSMASK_HAVE_avx2
+// F16C by its CPUID bit: compilers learnt its name only lately.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
 #ifdef CSMASK_HAVE_avx512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") &&
+         has_f16c();
 }
 #endif
 #ifdef CSMASK_HAVE_avx2
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 #endif
 
 // Best first.

@@ -71,6 +71,19 @@ void multiply_as(const void* weight, const float* __restrict masks, int64_t n, v
   for (int64_t i = 0; i < n; ++i) o[i] = Out::store(In::load(w[i]) * masks[i]);
 }
 
+// fp16 by the processor's own instruction, as far as whole vectors go.
+#if defined(__F16C__)
+template <>
+void multiply_as<Float16, Float16>(const void* weight, const float* __restrict masks, int64_t n, void* out) {
+  const auto* __restrict w = static_cast<const uint16_t*>(weight);
+  auto* __restrict o = static_cast<uint16_t*>(out);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    store_fp16_vector(_mm256_mul_ps(load_fp16_vector(w + i), _mm256_loadu_ps(masks + i)), o + i);
+  for (; i < n; ++i) o[i] = Float16::store(Float16::load(w[i]) * masks[i]);
+}
+#endif
+
 template <typename In>
 void multiply_to(const void* weight, const float* masks, int64_t n, void* out, Dtype out_dtype) {
   switch (out_dtype) {
