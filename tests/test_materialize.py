@@ -374,3 +374,18 @@ def test_more_than_2_31_elements():
     assert out[0].min() == 1
     assert out[1].max() == 0
     assert out[2].min() == 1
+
+
+def test_reversed_memory_counts_as_shared_where_it_is():
+    """NumPy's negative strides: the first element is the last in memory."""
+    memory = np.ones(31, dtype=np.float32)
+    weight, logits = memory[15::-1], np.full(16, 30.0, dtype=np.float32)
+    untouched = memory.copy()
+    for out in (memory[:16], memory[4:20], memory[15:]):
+        with pytest.raises(ValueError, match="out must not share memory with weight"):
+            _cpu.materialize(weight, logits, 1.0, False, 1.0, out, False, 1)
+        np.testing.assert_array_equal(memory, untouched)
+    apart = np.zeros(16, dtype=np.float32)
+    memory[:16] = np.arange(16)
+    _cpu.materialize(weight, logits, 1.0, False, 1.0, apart, False, 1)
+    np.testing.assert_array_equal(apart, np.arange(15, -1, -1))

@@ -40,12 +40,16 @@ std::string shape_name(const Operand& operand) {
   return text + ")";
 }
 
-// How many bytes lie between the first and the last element.
-std::int64_t extent(const Operand& operand) {
-  if (operand.numel == 0) return 0;
+// The bytes from an operand's first element in memory to the end of its last; strides may be negative.
+std::pair<const char*, const char*> span(const Operand& operand) {
+  std::int64_t first = 0;
   std::int64_t last = 0;
-  for (std::size_t i = 0; i < operand.dims; ++i) last += (operand.shape[i] - 1) * operand.strides[i];
-  return (last + 1) * operand.itemsize;
+  for (std::size_t i = 0; operand.numel != 0 && i < operand.dims; ++i) {
+    const std::int64_t steps = (operand.shape[i] - 1) * operand.strides[i];
+    (steps < 0 ? first : last) += steps;
+  }
+  const std::int64_t end = operand.numel == 0 ? 0 : last + 1;
+  return {operand.data + first * operand.itemsize, operand.data + end * operand.itemsize};
 }
 
 }  // namespace
@@ -95,7 +99,9 @@ void check_threads(int threads) {
 }
 
 void check_apart(const Operand& out, const Operand& in) {
-  if (out.data < in.data + extent(in) && in.data < out.data + extent(out)) {
+  const auto [out_begin, out_end] = span(out);
+  const auto [in_begin, in_end] = span(in);
+  if (out_begin < in_end && in_begin < out_end) {
     fail_value(std::string(out.name) + " must not share memory with " + in.name);
   }
 }

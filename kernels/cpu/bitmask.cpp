@@ -14,8 +14,13 @@ namespace {
 
 static_assert(kBlock % kWordBits == 0, "a block of logits is a whole number of words");
 
-using Bits32 __attribute__((may_alias)) = uint32_t;
-using Bits16 __attribute__((may_alias)) = uint16_t;
+// The bits of floats. Named within a type, since a template's argument loses its attributes.
+struct Bits32 {
+  typedef uint32_t __attribute__((may_alias)) Storage;
+};
+struct Bits16 {
+  typedef uint16_t __attribute__((may_alias)) Storage;
+};
 
 // 1 << i from memory: a shift by a different distance in each lane is more than SSE2 has.
 constexpr uint32_t kBit[kWordBits] = {
@@ -51,9 +56,10 @@ void expand(const BitWords& bits, int64_t index, int64_t step, int64_t count, ui
 }
 
 // For scale 1 where the dtype stays: no arithmetic at all, so that the weight keeps its bits.
-template <typename Storage>
+template <typename Bits>
 void select_bits(const void* weight, int64_t weight_stride, const uint32_t* __restrict kept, int64_t n, void* out,
                  int64_t out_stride) {
+  using Storage = typename Bits::Storage;
   const auto* __restrict w = static_cast<const Storage*>(weight);
   auto* __restrict o = static_cast<Storage*>(out);
   if (weight_stride == 1 && out_stride == 1) {

@@ -18,8 +18,13 @@ constexpr int kLanes = 16;
 constexpr int64_t kLaneSumLength = 16 * kLanes;
 constexpr float kUndecidedBound = 4.0f;
 
-using Bits32 __attribute__((may_alias)) = uint32_t;
-using Bits16 __attribute__((may_alias)) = uint16_t;
+// The bits of floats. Named within a type, since a template's argument loses its attributes.
+struct Bits32 {
+  typedef uint32_t __attribute__((may_alias)) Storage;
+};
+struct Bits16 {
+  typedef uint16_t __attribute__((may_alias)) Storage;
+};
 
 void masks_of(const float* __restrict logits, int64_t count, const Mask& mask, float* __restrict masks) {
   const float temperature = mask.temperature;
@@ -112,9 +117,10 @@ void select(const float* __restrict weight, const float* __restrict logits, floa
 }
 
 // The same for scale 1 where the dtype stays: no arithmetic at all, so that the weight keeps its bits.
-template <typename Storage>
+template <typename Bits>
 void select_bits(const void* weight, int64_t weight_stride, const float* __restrict logits, int64_t n, void* out,
                  int64_t out_stride) {
+  using Storage = typename Bits::Storage;
   const auto* __restrict w = static_cast<const Storage*>(weight);
   auto* __restrict o = static_cast<Storage*>(out);
   if (weight_stride == 1 && out_stride == 1) {
