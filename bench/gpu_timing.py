@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import traceback
@@ -16,11 +17,13 @@ Call = Callable[[], Any]
 # next call's time. Four times the largest L2 of a GPU so far (60 to 126 MB).
 FLUSH_BYTES = 512 << 20
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
+# On a CPU a turn goes on for as long, so that a call finds the caches as its own last one left them, as in a loop.
+TURN_MS, MAX_CALLS = 20.0, 50
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds per call: median, 20th and 80th percentile of ``samples`` calls, and how they were run."""
+    """Milliseconds per call: median, 20th and 80th percentile of ``samples`` turns, and how they were run."""
 
     p20: float
     p50: float
@@ -77,7 +80,7 @@ class Clock:
                 cannot be captured, its launches are timed as they come.
         """
         found: dict[str, Timing | Failure] = {}
-        runs: dict[str, tuple[Call, str]] = {}
+        runs: dict[str, tuple[Call, str, int]] = {}
         for name, call in calls.items():
             try:
                 runs[name] = self._prepare(call, graph)
@@ -89,23 +92,24 @@ class Clock:
             # Each round begins with another call: none is always the one that follows the slowest.
             turns = list(runs.items())
             first = done % max(len(turns), 1)
-            for name, (run, _) in turns[first:] + turns[:first]:
+            for name, (run, _, calls_per_turn) in turns[first:] + turns[:first]:
                 try:
-                    samples[name].append(self.once(run))
+                    samples[name].append(self._turn(run, calls_per_turn))
                 except Exception as error:  # noqa: BLE001, PERF203, recorded by the caller
                     found[name] = self._failure(error)
                     del runs[name]
             if time.perf_counter() > end and done + 1 >= self._min_rounds:
                 break
-        found.update({name: Timing.of(samples[name], method) for name, (_, method) in runs.items()})
+        found.update({name: Timing.of(samples[name], method) for name, (_, method, _) in runs.items()})
         return {name: found[name] for name in calls}
 
-    def once(self, run: Call) -> float:
-        """Milliseconds of one call."""
+    def _turn(self, run: Call, calls: int) -> float:
+        """Milliseconds of a call, on a CPU the mean of several."""
         if not self.is_gpu:
             start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
+            for _ in range(calls):
+                run()
+            return (time.perf_counter() - start) * 1e3 / calls
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         assert self._flushed is not None
         # Queued before the call, it also hides the time that the call's first launch takes on the host.
@@ -116,11 +120,12 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end)
 
-    def _prepare(self, call: Call, graph: bool) -> tuple[Call, str]:
-        """The call warmed up, and where it can be captured its replay; with the method's name."""
+    def _prepare(self, call: Call, graph: bool) -> tuple[Call, str, int]:
+        """The call warmed up, and where it can be captured its replay; the method's name; and how many make a turn."""
         if not self.is_gpu:
             call()
-            return call, "perf_counter"
+            calls = math.ceil(TURN_MS / max(self._turn(call, 1), TURN_MS / MAX_CALLS))
+            return call, "perf_counter", calls
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -129,7 +134,7 @@ class Clock:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         if not graph:
-            return call, "events"
+            return call, "events", 1
         captured = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(captured):
@@ -139,8 +144,8 @@ class Clock:
         except Exception as error:  # noqa: BLE001, whatever forbids capture: the call can still be timed
             torch.cuda.synchronize()
             call()
-            return call, f"events, no graph: {type(error).__name__}"
-        return captured.replay, "graph"
+            return call, f"events, no graph: {type(error).__name__}", 1
+        return captured.replay, "graph", 1
 
     def _failure(self, error: Exception) -> Failure:
         failure = Failure.of(error)

@@ -101,8 +101,7 @@ class CircuitModel(nn.Module):
             with checkpoint_frozen_layers(layers) if layers else contextlib.nullcontext():
                 output = self._run_base(*args, **kwargs)
             if add_l0:
-                labels = gives_labels(self.wrapped_model, args, kwargs)
-                output = add_to_loss(output, self._l0_penalty, labels)
+                output = add_to_loss(output, self._l0_penalty, lambda: gives_labels(self.wrapped_model, args, kwargs))
         finally:
             self._record_l0(False)
         return output
@@ -110,7 +109,7 @@ class CircuitModel(nn.Module):
     def _record_l0(self, flag: bool) -> None:
         """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
         for layer in self.masked_layers.values():
-            layer._records_l0, layer._recorded_l0 = flag, None
+            layer.l0_record.wanted, layer.l0_record.value = flag, None
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypass_checked or torch.compiler.is_compiling():

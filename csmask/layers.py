@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
-from .masked_layer import MaskedLayer, check_execution
+from .masked_layer import L0Record, MaskedLayer, check_execution
 from .masked_weight import MaskedWeight
 
 
@@ -185,8 +185,8 @@ def mask_layer(
     module.mask_scale = 1 + math.exp(-mask_init_value) if rescale else 1.0  # 1 / sigmoid(mask_init_value)
     module.masked_weight = MaskedWeight()
     module.execution = execution
-    module.accumulate_in_kernel = module._records_l0 = False
-    module._recorded_l0 = None
+    module.accumulate_in_kernel = False
+    module.l0_record = L0Record()
     module.layer_index = layer_index
     module.use_masks = True
     module.ablation, module.ablation_seed = "none", 0
@@ -208,8 +208,8 @@ def unmask_layer(module: Any) -> nn.Module:
     return module
 
 
-_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "accumulate_in_kernel", "_records_l0")
-_STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "_recorded_l0")
+_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "accumulate_in_kernel")
+_STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "l0_record")
 _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 
 

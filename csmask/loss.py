@@ -12,21 +12,21 @@ from torch import Tensor, nn
 _LABEL_NAMES = ("start_positions", "end_positions", "return_loss")
 
 
-def add_to_loss(output: Any, penalty: Callable[[], Tensor], has_labels: bool) -> Any:
+def add_to_loss(output: Any, penalty: Callable[[], Tensor], has_labels: Callable[[], bool]) -> Any:
     """``output`` with ``penalty()`` added to its loss, if it has one.
 
     Args:
         output: a transformers ``ModelOutput``, a dict, a named tuple or an object with a ``loss``; or a plain tuple
             (``return_dict=False``), whose first element is the loss if labels were given.
         penalty: 0-d, called only if there is a loss.
-        has_labels: whether labels were given.
+        has_labels: whether labels were given; called only for a plain tuple.
 
     Raises:
         ValueError: a loss that is not one number, to whose elements the term would be added over and over.
     """
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
         first = output[0] if output else None
-        if has_labels and isinstance(first, Tensor) and first.dim() == 0:
+        if isinstance(first, Tensor) and first.dim() == 0 and has_labels():
             return (first + penalty().to(first.device), *output[1:])
         return output
     is_dict = isinstance(output, dict)

@@ -25,6 +25,14 @@ def check_execution(execution: str) -> str:
     return execution
 
 
+class L0Record:
+    """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self.value: Tensor | None = None
+
+
 class MaskedLayer(nn.Module):
     """What all masked layers share; mixed in before the class of the layer that is masked, by ``mask_layer`` only.
 
@@ -53,9 +61,8 @@ class MaskedLayer(nn.Module):
     accumulate_in_kernel: bool
     layer_index: int
     masked_weight: MaskedWeight
-    _records_l0: bool
     _execution: str
-    _recorded_l0: Tensor | None
+    l0_record: L0Record
     use_masks: bool
     ablation: str
     ablation_seed: int
@@ -125,8 +132,8 @@ class MaskedLayer(nn.Module):
         return l0
 
     def take_l0(self) -> Tensor:
-        """``l0()``, without a pass over the logits where the last forward, told by ``_records_l0``, left the sum."""
-        l0, self._recorded_l0 = self._recorded_l0, None
+        """``l0()``, without a pass over the logits where the last forward, told by ``l0_record``, left the sum."""
+        l0, self.l0_record.value = self.l0_record.value, None
         # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
         if l0 is None or l0.requires_grad != any(p.requires_grad and not self.is_hard(p) for p in self._logits()):
             return self.l0()
@@ -205,8 +212,9 @@ class MaskedLayer(nn.Module):
         if self.ops is reference:
             return result
         out, l0 = result
-        if self._records_l0 and self._recorded_l0 is None and l0 is not None:
-            self._recorded_l0 = l0 if bias_l0 is None else l0 + bias_l0
+        record = self.l0_record
+        if record.wanted and record.value is None and l0 is not None:
+            record.value = l0 if bias_l0 is None else l0 + bias_l0
         return out
 
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
@@ -293,12 +301,13 @@ class MaskedLayer(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
-        replica.masked_weight = MaskedWeight(self.masked_weight.keep)  # one for each device and thread
+        # One of each for each device and thread.
+        replica.masked_weight, replica.l0_record = MaskedWeight(self.masked_weight.keep), L0Record()
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The masked class of a user's subclass is made at run time: rebuild it from the class that it masks.
-        state = dict(self.__dict__, _ablation_cache={}, _recorded_l0=None)
+        state = dict(self.__dict__, _ablation_cache={}, l0_record=L0Record())
         return self._rebuild, (self._unmasked_class,), state
 
     def extra_repr(self) -> str:
