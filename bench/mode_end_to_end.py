@@ -29,9 +29,10 @@ BATCH, TOKENS = 8, 128
 ROUNDS = 3
 # So large that losses and gradients would show a lost l0 term; the time does not depend on it.
 L0_LAMBDA = 1e-7
-# Relative; fp32 losses of these models differ by some 1e-6 between orders of summation, gradients by some 1e-5.
+# Relative. Between orders of summation in fp32 the losses of these models differ by some 1e-6, and the gradients of
+# ResNet-50, with its ReLUs, by up to 7e-3: so far are plain torch's own from those in fp64.
 LARGEST_LOSS_ERROR = 1e-4
-LARGEST_GRADIENT_ERROR = 1e-3
+LARGEST_GRADIENT_ERROR = 2e-2
 Step = Callable[[], Tensor]
 
 
