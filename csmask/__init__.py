@@ -8,12 +8,15 @@ __version__ = "0.1.0"
 from .circuit import CircuitModel
 from .config import CircuitConfig
 from .evaluate import CircuitEvaluation, evaluate_circuit
+from .optim import MaskAdamW, MaskSGD
 from .schedule import TemperatureSchedule
 
 __all__ = [
     "CircuitConfig",
     "CircuitEvaluation",
     "CircuitModel",
+    "MaskAdamW",
+    "MaskSGD",
     "TemperatureSchedule",
     "__version__",
     "evaluate_circuit",

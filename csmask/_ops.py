@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _cpp, _cpp_linear, _cpp_units, _plain, reference
+from . import _cpp, _cpp_linear, _cpp_step, _cpp_units, _plain, _plain_step, reference
 
 ops = torch.ops.csmask
 _LIBRARY = torch.library.Library("csmask", "DEF")
 _MASK = "Tensor weight, Tensor mask_logits, Tensor temperature"
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+# Of several layers: the gradients of their masked weights and logits so far, and what turns them into those of logits.
+_WAITING = "Tensor?[] dmasked_weights, Tensor[] weights, Tensor?[] grads, Tensor[] temperatures, Tensor?[] dl0s"
+_STEP = f"Tensor(d!)[] masked_weights, {_WAITING}, float[] scales, Tensor[] steps, Tensor? factor, Tensor lr"
 
 # op: (arguments and results, the Triton kernel's file or None)
 SCHEMAS: dict[str, tuple[str, str | None]] = {
@@ -101,6 +104,17 @@ SCHEMAS: dict[str, tuple[str, str | None]] = {
         "(Tensor dout, Tensor weight, Tensor bits, float scale, bool transposed) -> Tensor",
         "masked_linear",
     ),
+    "mask_grad_norms": (f"(Tensor[] mask_logits, {_WAITING}, float[] scales) -> Tensor", None),
+    "mask_adamw_": (
+        f"(Tensor(a!)[] mask_logits, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, {_STEP}, float beta1,"
+        " float beta2, float eps, float weight_decay, bool maximize) -> (Tensor, Tensor)",
+        None,
+    ),
+    "mask_sgd_": (
+        f"(Tensor(a!)[] mask_logits, Tensor(b!)[] momentums, {_STEP}, float momentum, float dampening,"
+        " float weight_decay, bool nesterov, bool maximize) -> (Tensor, Tensor)",
+        None,
+    ),
     "philox_": (
         "(Tensor(a!) out, str kind, int seed_lo, int seed_hi, int stream, int purpose, float scale) -> ()",
         "philox",
@@ -163,14 +177,16 @@ def _run_triton(name: str) -> Callable[..., Any]:
 
 
 def _counting_writes(name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """``compute``; where it writes to its first argument, autograd is told, which does not see kernels write."""
-    if "(a!)" not in SCHEMAS[name][0]:
+    """``compute``; where it writes to its first arguments, autograd is told, which does not see kernels write."""
+    count = SCHEMAS[name][0].count("!)")
+    if not count:
         return compute
 
-    def run(written: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = compute(written, *args, **kwargs)
-        if not written.is_inference():
-            torch.autograd.graph.increment_version(written)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        for written in args[:count]:
+            tensors = [written] if isinstance(written, Tensor) else written
+            torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
         return result
 
     return run
@@ -184,10 +200,11 @@ def _without_grad(compute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-_CPU_OPS = {**_cpp.OPS, **_cpp_linear.OPS, **_cpp_units.OPS}
+_PLAIN_OPS = {**_plain.OPS, **_plain_step.OPS}
+_CPU_OPS = {**_cpp.OPS, **_cpp_linear.OPS, **_cpp_step.OPS, **_cpp_units.OPS}
 for _name, (_schema, _triton_file) in SCHEMAS.items():
     _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(_name, _without_grad(_plain.OPS[_name]), "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _without_grad(_PLAIN_OPS[_name]), "CompositeExplicitAutograd")
     if _triton_file is not None:
         _LIBRARY.impl(_name, _counting_writes(_name, _run_triton(_name)), "CUDA")
     if _name in _CPU_OPS:
@@ -338,5 +355,17 @@ def _bitmask_linear_dx_fake(dout: Tensor, weight: Tensor, *mask: Any) -> Tensor:
     return _masked_linear_dx_fake(dout, weight, *mask)
 
 
+@_fake("mask_grad_norms")
+def _mask_grad_norms_fake(mask_logits: Sequence[Tensor], *_waiting: Any) -> Tensor:
+    return mask_logits[0].new_empty(len(mask_logits), dtype=torch.float32)
+
+
+def _mask_step_fake(mask_logits: Sequence[Tensor], *_step: Any) -> tuple[Tensor, Tensor]:
+    count = len(mask_logits)
+    return mask_logits[0].new_empty(count), mask_logits[0].new_empty((count, 2), dtype=torch.int64)
+
+
+for _name in ("mask_adamw_", "mask_sgd_"):
+    torch.library.register_fake(f"csmask::{_name}", _mask_step_fake)
 for _name in ("logits_grad_", "masked_linear_dlogits_", "masked_conv_dlogits_", "philox_"):
     torch.library.register_fake(f"csmask::{_name}", lambda *_args: None)

@@ -18,6 +18,7 @@ from .config import L0_REDUCTIONS, CircuitConfig
 from .functional import check_temperature
 from .layers import MaskedLayer, check_execution
 from .loss import add_to_loss, gives_labels
+from .masked_leaf import whole_groups
 from .masked_weight import KEEP_MODES
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers
@@ -109,7 +110,8 @@ class CircuitModel(nn.Module):
     def _record_l0(self, flag: bool) -> None:
         """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
         for layer in self.masked_layers.values():
-            layer.l0_record.wanted, layer.l0_record.value = flag, None
+            record = layer.l0_record
+            record.wanted, record.value, record.bias_value = flag, None, None
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypass_checked or torch.compiler.is_compiling():
@@ -168,8 +170,13 @@ class CircuitModel(nn.Module):
         value = check_temperature(value)
         with torch.no_grad():
             for layer in self.masked_layers.values():
+                leaf = layer.leaf
+                if leaf is not None:
+                    leaf.flush()  # what waits belongs to the old temperature
                 # In place: a compiled graph reads the new value without being compiled again.
                 layer.temperature.fill_(value)
+                if leaf is not None and layer.waits:
+                    leaf.refresh()
 
     def named_mask_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``(layer name + ".mask_logits" or ".bias_mask_logits", parameter)`` in the model's order."""
@@ -275,7 +282,14 @@ class CircuitModel(nn.Module):
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
         total = torch.zeros((), dtype=torch.float32, device=device)
+        groups = whole_groups([layer.leaf for layer in layers if layer.leaf is not None and layer.waits])
+        for group in groups:
+            total = total + group.l0().to(device)
         for layer in layers:
+            if layer.leaf is not None and layer.leaf.group in groups:
+                if layer.bias_mask_logits is not None:
+                    total = total + layer.take_bias_l0().to(device)
+                continue
             total = total + layer.take_l0().to(device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))

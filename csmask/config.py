@@ -23,7 +23,6 @@ ABLATION_MODES = (
 )
 MASK_UNITS = ("weight", "neuron")
 EXECUTIONS = ("auto", "per_step", "per_forward", "in_kernel", "reference")
-PLANNED_EXECUTIONS = ("per_step",)
 L0_REDUCTIONS = ("sum", "mean")
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
-from .masked_layer import L0Record, MaskedLayer, check_execution
+from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
 from .masked_weight import MaskedWeight
 
 
@@ -132,7 +132,9 @@ def masked_class(cls: type) -> type[MaskedLayer]:
 def _rebuild(cls: type) -> MaskedLayer:
     """An empty masked layer of a class, for copy and pickle, which then set its state."""
     masked = masked_class(cls)
-    return masked.__new__(masked)
+    layer = masked.__new__(masked)
+    _LAYERS.add(layer)
+    return layer
 
 
 def mask_shapes(module: Any, mask_unit: str, mask_bias: bool) -> dict[str, torch.Size]:
@@ -184,6 +186,7 @@ def mask_layer(
     module.mask_unit = mask_unit
     module.mask_scale = 1 + math.exp(-mask_init_value) if rescale else 1.0  # 1 / sigmoid(mask_init_value)
     module.masked_weight = MaskedWeight()
+    module.leaf = None
     module.execution = execution
     module.accumulate_in_kernel = False
     module.l0_record = L0Record()
@@ -193,12 +196,17 @@ def mask_layer(
     module.clear_ablation_cache()
     module.register_parameter("mask_logits", mask_logits)
     module.register_parameter("bias_mask_logits", bias_mask_logits)
+    _LAYERS.add(module)
     module.register_buffer("temperature", torch.ones((), dtype=torch.float32, device=device))
     return module
 
 
 def unmask_layer(module: Any) -> nn.Module:
     """Undo ``mask_layer``, even one that was cut short: the layer has its own class again, and no logits."""
+    leaf = getattr(module, "leaf", None)
+    if leaf is not None:
+        leaf.free()
+    _LAYERS.discard(module)
     for name in ("mask_logits", "bias_mask_logits"):
         module._parameters.pop(name, None)
     module._buffers.pop("temperature", None)
@@ -209,7 +217,7 @@ def unmask_layer(module: Any) -> nn.Module:
 
 
 _SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "accumulate_in_kernel")
-_STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "l0_record")
+_STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "l0_record", "leaf")
 _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 
 

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ablation, cost, functional, reference
-from .config import EXECUTIONS, PLANNED_EXECUTIONS
+from .config import EXECUTIONS
+from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
+
+# Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
+_LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
+
+
+def layers_of(params: Iterable[Tensor]) -> list[MaskedLayer]:
+    """The layers whose weight logits are among the parameters, in the parameters' order."""
+    by_logits = {id(getattr(layer, "mask_logits", None)): layer for layer in _LAYERS}
+    return [by_logits[id(param)] for param in params if id(param) in by_logits]
 
 
 def check_execution(execution: str) -> str:
     """The execution, if this version has one of that name."""
     if execution not in EXECUTIONS:
         raise ValueError(f"execution must be one of {', '.join(map(repr, EXECUTIONS))}, got {execution!r}")
-    if execution in PLANNED_EXECUTIONS:
-        raise NotImplementedError(
-            f'execution {execution!r} is not in this version; use "auto", "per_forward", "in_kernel" or "reference"'
-        )
     return execution
 
 
@@ -31,6 +38,7 @@ class L0Record:
     def __init__(self) -> None:
         self.wanted = False
         self.value: Tensor | None = None
+        self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere
 
 
 class MaskedLayer(nn.Module):
@@ -63,6 +71,7 @@ class MaskedLayer(nn.Module):
     masked_weight: MaskedWeight
     _execution: str
     l0_record: L0Record
+    leaf: MaskedLeaf | None
     use_masks: bool
     ablation: str
     ablation_seed: int
@@ -124,11 +133,17 @@ class MaskedLayer(nn.Module):
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
         per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
-        ops = self.ops
-        l0 = ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
-        if self.bias_mask_logits is not None:
-            logits, hard = self._in_use(self.bias_mask_logits), self.is_hard(self.bias_mask_logits)
-            l0 = l0 + ops.l0(logits, self.temperature, hard, self.mask_scale)
+        l0 = self.ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
+        return l0 if self.bias_mask_logits is None else l0 + self.take_bias_l0()
+
+    def take_bias_l0(self) -> Tensor:
+        """The bias's part of ``l0()``, which the last forward in ``per_step`` execution may have left."""
+        l0, self.l0_record.bias_value = self.l0_record.bias_value, None
+        logits = self.bias_mask_logits
+        assert logits is not None
+        hard = self.is_hard(logits)
+        if l0 is None or l0.requires_grad == hard:
+            return self.ops.l0(self._in_use(logits), self.temperature, hard, self.mask_scale)
         return l0
 
     def take_l0(self) -> Tensor:
@@ -155,7 +170,32 @@ class MaskedLayer(nn.Module):
     def execution(self, execution: str) -> None:
         check_execution(execution)
         self.masked_weight.drop()
+        if self.leaf is not None and execution != "per_step":
+            self.leaf.free()
         self._execution = execution
+
+    # per_step: the masked weight as a leaf of autograd, whose gradient waits for an optimizer of ``optim``
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether ``per_step`` execution has something to gain: a logit for each weight, of a weight that is frozen."""
+        chosen = self._execution in ("auto", "per_step")
+        return chosen and self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
+
+    def wait_for_step(self) -> MaskedLeaf:
+        """Go over to ``per_step`` execution, and give what the gradients wait in to the optimizer that calls this."""
+        if self.leaf is None:
+            self.leaf = MaskedLeaf(self.weight, self.mask_logits, self.temperature, self.mask_scale)
+        self.execution = "per_step"
+        return self.leaf
+
+    @property
+    def waits(self) -> bool:
+        """Whether a forward now is one of ``per_step`` execution."""
+        leaf = self.leaf
+        if leaf is None or self._execution != "per_step" or self.hard or self.weight.requires_grad:
+            return False
+        return leaf.mask_logits is self.mask_logits and leaf.has_optimizer
 
     @property
     def ops(self) -> Any:
@@ -164,7 +204,9 @@ class MaskedLayer(nn.Module):
 
     def resolve_execution(self, x: Tensor) -> str:
         """``"per_forward"`` or ``"in_kernel"`` for this input: what ``"auto"`` picks, or the execution itself."""
-        if self.execution != "auto":
+        if self.waits:
+            return "per_step"
+        if self.execution not in ("auto", "per_step"):
             return self.execution
         device = self.weight.device
         if self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
@@ -207,6 +249,8 @@ class MaskedLayer(nn.Module):
         return self.ops.materialize(self.bias, logits, self.temperature, hard, self.mask_scale)
 
     def _masked_forward(self, x: Tensor) -> Tensor:
+        if self.waits:
+            return self._per_step_forward(x)
         bias, bias_l0 = self.masked_bias()
         result = self._masked_op(x, bias=bias, **self.mask_arguments(x))
         if self.ops is reference:
@@ -216,6 +260,21 @@ class MaskedLayer(nn.Module):
         if record.wanted and record.value is None and l0 is not None:
             record.value = l0 if bias_l0 is None else l0 + bias_l0
         return out
+
+    def _per_step_forward(self, x: Tensor) -> Tensor:
+        assert self.leaf is not None
+        dtype, device = self.weight.dtype, x.device.type
+        if x.is_floating_point() and torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        # While compiling: the setter of the temperature and the optimizer keep it up to date.
+        compiling = torch.compiler.is_compiling() and self.leaf.value is not None
+        masked_weight = self.leaf.value if compiling else self.leaf.current(dtype)
+        assert masked_weight is not None
+        bias, bias_l0 = self.masked_bias()
+        record = self.l0_record
+        if record.wanted and record.bias_value is None:
+            record.bias_value = bias_l0
+        return self._plain_forward(x, masked_weight, bias)
 
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
         raise NotImplementedError
@@ -297,17 +356,23 @@ class MaskedLayer(nn.Module):
 
         self.clear_ablation_cache()
         self.masked_weight.drop()
-        return super()._apply(move, recurse)
+        if self.leaf is None:
+            return super()._apply(move, recurse)
+        self.leaf.free()
+        super()._apply(move, recurse)
+        self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+        return self
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         # One of each for each device and thread.
         replica.masked_weight, replica.l0_record = MaskedWeight(self.masked_weight.keep), L0Record()
+        replica.leaf = None
         return replica
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The masked class of a user's subclass is made at run time: rebuild it from the class that it masks.
-        state = dict(self.__dict__, _ablation_cache={}, l0_record=L0Record())
+        state = dict(self.__dict__, _ablation_cache={}, l0_record=L0Record(), leaf=None)
         return self._rebuild, (self._unmasked_class,), state
 
     def extra_repr(self) -> str:

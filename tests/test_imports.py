@@ -20,11 +20,12 @@ KERNELS = ROOT / "kernels"
 # From the bottom up: a module imports only modules of lower levels.
 LEVELS = [
     {"config", "philox", "reference"},
-    {"_plain"},
+    {"_plain", "_plain_step"},
     {"_cpp"},
-    {"_cpp_linear", "_cpp_units"},
+    {"_cpp_linear", "_cpp_step", "_cpp_units"},
     {"_ops"},
-    {"ablation", "autograd", "cost", "masked_weight"},  # ablation lies below layers, whose forward uses it
+    # ablation lies below layers, whose forward uses it
+    {"ablation", "autograd", "cost", "masked_leaf", "masked_weight"},
     {"functional"},
     {"masked_layer"},
     {"layers", "schedule", "testing", "recompute", "loss"},

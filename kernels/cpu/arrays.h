@@ -73,6 +73,7 @@ inline std::int64_t block_count(std::int64_t numel) { return (numel + kBlock - 1
 constexpr std::int64_t kBlocksPerThread = 8;
 
 void bind_masks(nanobind::module_& module);
+void bind_step(nanobind::module_& module);
 void bind_neurons(nanobind::module_& module);
 void bind_bitmask(nanobind::module_& module);
 void bind_philox(nanobind::module_& module);

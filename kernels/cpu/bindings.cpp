@@ -16,6 +16,7 @@ using namespace nb::literals;
 NB_MODULE(_cpu, module) {
   module.doc() = "C++ kernels of csmask for the CPU.";
   csmask::bind_masks(module);
+  csmask::bind_step(module);
   csmask::bind_neurons(module);
   csmask::bind_bitmask(module);
   csmask::bind_philox(module);

@@ -13,7 +13,7 @@ namespace csmask {
 enum class Dtype { float32, bfloat16, float16 };
 
 constexpr int kMaxDims = 64;  // as in PyTorch
-constexpr int kMaxOperands = 4;
+constexpr int kMaxOperands = 7;
 
 // Elements per block: the unit of work and of partial sums. A fixed number, so that neither the partials nor the order
 // of their sum depends on how many threads there are. Three buffers of 2048 floats stay in the L1 cache.
@@ -64,6 +64,47 @@ struct LogitsGradArgs {
   float temperature;
   float scale;
   float dl0;
+  bool stream;
+};
+
+// S = S * decay - step_size * average / (sqrt(square) * inverse_root_correction2 + eps)
+struct AdamW {
+  float beta1;
+  float beta2;
+  float eps;
+  float decay;                     // 1 - lr * weight_decay
+  float step_size;                 // lr / (1 - beta1^t)
+  float inverse_root_correction2;  // (1 - beta2^t)^-1/2
+};
+
+// g += weight_decay * S; buffer = kept_momentum * buffer + taken * g; S -= lr * (g or what momentum makes of it)
+struct Sgd {
+  float lr;
+  float momentum;
+  float kept_momentum;  // 0 in the first step
+  float taken;          // 1 - dampening, 1 in the first step
+  float weight_decay;
+  bool nesterov;
+};
+
+struct MaskStepArgs {
+  Layout layout;  // operands: logits, masked_weight, weight, dmasked_weight, grad, first, second; logits for a null
+  float* logits;
+  void* masked_weight;  // null where it is not wanted
+  Dtype masked_weight_dtype;
+  const void* weight;
+  Dtype weight_dtype;
+  const void* dmasked_weight;  // null for zeros
+  Dtype dmasked_weight_dtype;
+  const float* grad;  // null for zeros
+  float* first;       // AdamW's average; SGD's momentum, null for none
+  float* second;      // AdamW's average of squares; null for SGD
+  float temperature;
+  float scale;
+  float dl0;
+  float factor;  // of the gradient: of clipping, negative to go up
+  AdamW adamw;
+  Sgd sgd;
   bool stream;
 };
 
@@ -186,6 +227,10 @@ struct Kernels {
   void (*materialize)(const MaterializeArgs& args, int64_t first, int64_t last, MaskPartial* partials);
   // dlogits (+)= (dmasked_weight * weight + dl0) * dm/dS
   void (*logits_grad)(const LogitsGradArgs& args, int64_t first, int64_t last);
+  // an optimizer's step and the next masked weight, partials[b] = sums of its mask
+  void (*mask_step)(const MaskStepArgs& args, int64_t first, int64_t last, MaskPartial* partials);
+  // partials[b] = sum of squares of the gradient that mask_step would take
+  void (*mask_grad_squares)(const MaskStepArgs& args, int64_t first, int64_t last, double* partials);
   // masks[u] = scale * sigmoid(temperature * logits[u])
   void (*unit_masks)(const float* logits, int64_t stride, int64_t count, float temperature, float scale, float* masks);
   // out = round(z * m[u] + bias[u])

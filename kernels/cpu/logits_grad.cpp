@@ -4,6 +4,7 @@
 #include "convert.h"
 #include "kernels.h"
 #include "mask.h"
+#include "mask_loops.h"
 #include "ops.h"
 #include "runs.h"
 
@@ -17,17 +18,6 @@ struct Buffers {
   alignas(64) float logits[kBlock];
   alignas(64) float values[kBlock];
 };
-
-void derivatives(const float* __restrict logits, int64_t n, float temperature, float scale, float* __restrict values) {
-  for (int64_t i = 0; i < n; ++i) {
-    values[i] = temperature * sigmoid_derivative(temperature * logits[i]) * scale;
-  }
-}
-
-void chain(const float* __restrict dmasked_weight, const float* __restrict weight, float dl0, int64_t n,
-           float* __restrict values) {
-  for (int64_t i = 0; i < n; ++i) values[i] *= dmasked_weight[i] * weight[i] + dl0;
-}
 
 void run(const LogitsGradArgs& args, const int64_t* offsets, int64_t n, Buffers& buffers) {
   const int inner = args.layout.dims - 1;

@@ -4,19 +4,13 @@
 #include "convert.h"
 #include "kernels.h"
 #include "mask.h"
+#include "mask_loops.h"
 #include "ops.h"
 #include "runs.h"
 
 namespace csmask {
 namespace CSMASK_ISA {
 namespace {
-
-// Sums run in this many interleaved fp32 lanes, a multiple of every vector length, so that all instruction sets add in
-// the same order.
-constexpr int kLanes = 16;
-// After so many elements the lanes go on in double: 16 fp32 additions in a row, an error of 16 half ulp at most.
-constexpr int64_t kLaneSumLength = 16 * kLanes;
-constexpr float kUndecidedBound = 4.0f;
 
 // The bits of floats. Named within a type, since a template's argument loses its attributes.
 struct Bits32 {
@@ -25,44 +19,6 @@ struct Bits32 {
 struct Bits16 {
   typedef uint16_t __attribute__((may_alias)) Storage;
 };
-
-void masks_of(const float* __restrict logits, int64_t count, const Mask& mask, float* __restrict masks) {
-  const float temperature = mask.temperature;
-  const float scale = mask.scale;
-  if (mask.hard) {
-    for (int64_t i = 0; i < count; ++i) masks[i] = logits[i] > 0.0f ? scale : 0.0f;
-  } else {
-    for (int64_t i = 0; i < count; ++i) masks[i] = scale * sigmoid(temperature * logits[i]);
-  }
-}
-
-double sum(const float* values, int64_t count) {
-  double totals[kLanes] = {};
-  for (int64_t begin = 0; begin < count; begin += kLaneSumLength) {
-    const int64_t end = count - begin < kLaneSumLength ? count : begin + kLaneSumLength;
-    float lanes[kLanes] = {};
-    int64_t i = begin;
-    for (; i + kLanes <= end; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += values[i + lane];
-    }
-    for (int lane = 0; i + lane < end; ++lane) lanes[lane] += values[i + lane];
-    for (int lane = 0; lane < kLanes; ++lane) totals[lane] += static_cast<double>(lanes[lane]);
-  }
-  double total = 0.0;
-  for (int lane = 0; lane < kLanes; ++lane) total += totals[lane];
-  return total;
-}
-
-void count(const float* __restrict logits, int64_t n, float temperature, MaskPartial* partial) {
-  int32_t kept = 0;
-  int32_t undecided = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    kept += logits[i] > 0.0f ? 1 : 0;
-    undecided += __builtin_fabsf(temperature * logits[i]) < kUndecidedBound ? 1 : 0;
-  }
-  partial->kept += kept;
-  partial->undecided += undecided;
-}
 
 void multiply(const float* __restrict weight, const float* __restrict masks, int64_t n, float* __restrict values) {
   for (int64_t i = 0; i < n; ++i) values[i] = weight[i] * masks[i];

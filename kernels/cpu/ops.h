@@ -8,6 +8,8 @@ namespace CSMASK_ISA {
 
 void materialize(const MaterializeArgs& args, int64_t first, int64_t last, MaskPartial* partials);
 void logits_grad(const LogitsGradArgs& args, int64_t first, int64_t last);
+void mask_step(const MaskStepArgs& args, int64_t first, int64_t last, MaskPartial* partials);
+void mask_grad_squares(const MaskStepArgs& args, int64_t first, int64_t last, double* partials);
 void unit_masks(const float* logits, int64_t stride, int64_t count, float temperature, float scale, float* masks);
 void scale_neurons(const ScaleNeuronsArgs& args, int64_t first, int64_t last);
 void neuron_sums(const NeuronSumsArgs& args, int64_t first, int64_t last);

@@ -39,6 +39,55 @@ def logits_grad_units(
     add: bool,
     threads: int,
 ) -> None: ...
+def mask_adamw(
+    mask_logits: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    masked_weight: Any,
+    dmasked_weight: Any,
+    weight: Any,
+    grad: Any,
+    temperature: float,
+    dl0: float,
+    scale: float,
+    factor: float,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    threads: int,
+) -> tuple[float, int, int]: ...
+def mask_grad_norm(
+    mask_logits: Any,
+    dmasked_weight: Any,
+    weight: Any,
+    grad: Any,
+    temperature: float,
+    dl0: float,
+    scale: float,
+    threads: int,
+) -> float: ...
+def mask_sgd(
+    mask_logits: Any,
+    momentum_buffer: Any,
+    masked_weight: Any,
+    dmasked_weight: Any,
+    weight: Any,
+    grad: Any,
+    temperature: float,
+    dl0: float,
+    scale: float,
+    factor: float,
+    step: float,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    threads: int,
+) -> tuple[float, int, int]: ...
 def mask_sums(
     mask_logits: Any, temperature: float, hard: bool, scale: float, counts: bool, threads: int
 ) -> tuple[float, int, int]: ...

@@ -1,0 +1,262 @@
+"""``MaskedLeaf``: a layer's masked weight as a leaf of autograd, for ``per_step`` execution.
+
+Between two steps of an optimizer the masked weight is constant. Forward and backward are then those of a dense layer
+whose weight it is; its gradient waits here for the optimizer of ``optim``, which turns it into that of the logits, the
+update and the next masked weight in one pass. Whoever asks for ``mask_logits.grad`` before that gets it, at a pass of
+its own: clipping, ``GradScaler`` and loops that look at gradients see what they would see without this.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._ops import ops
+
+# By id of the logits; an entry lasts as long as its leaf.
+_LEAVES: weakref.WeakValueDictionary[int, MaskedLeaf] = weakref.WeakValueDictionary()
+_raw_grad = torch.Tensor.grad
+_CHANGED = (
+    "{what} changed after a backward whose gradient still waits for the optimizer: call optimizer.step() or "
+    "optimizer.zero_grad() first (setting circuit.temperature takes the gradient along)"
+)
+
+
+def leaf_of(mask_logits: Tensor) -> MaskedLeaf | None:
+    """The leaf that the gradient of these logits waits in, if they have one."""
+    leaf = _LEAVES.get(id(mask_logits))
+    return leaf if leaf is not None and leaf.mask_logits is mask_logits else None
+
+
+def grad_so_far(mask_logits: Tensor) -> Tensor | None:
+    """``mask_logits.grad`` as it is, without what waits in a leaf."""
+    return _raw_grad.__get__(mask_logits)
+
+
+class DeferredLogits(nn.Parameter):
+    """Mask logits whose gradient may wait in a leaf: to read ``grad`` fetches it from there, to set it drops it."""
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        leaf = leaf_of(self)
+        if leaf is not None:
+            leaf.flush()
+        return _raw_grad.__get__(self)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        leaf = leaf_of(self)
+        if leaf is not None:
+            leaf.discard()
+        _raw_grad.__set__(self, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    # Copies have no leaf: they are parameters like any other.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+
+
+class LeafGroup:
+    """The leaves that one optimizer steps on one device, and the l0 sums of all of them as one leaf of autograd.
+
+    Attributes:
+        leaves: in the order of the sums.
+        l0s: fp32, one sum for each; requires grad.
+        counts: int64 ``(leaves, 2)``, kept and undecided weights as the last step left them; None before it.
+        optimizer: a weak reference to the optimizer.
+    """
+
+    def __init__(self, leaves: list[MaskedLeaf], optimizer: Any) -> None:
+        self.leaves = leaves
+        self.optimizer = weakref.ref(optimizer)
+        self.l0s = torch.zeros(len(leaves), device=leaves[0].mask_logits.device, requires_grad=True)
+        self.counts: Tensor | None = None
+        self.l0s.register_post_accumulate_grad_hook(self._note_dl0)
+        for i, leaf in enumerate(leaves):
+            leaf.free()  # of another optimizer's group
+            leaf.group, leaf.index = self, i
+
+    def l0(self) -> Tensor:
+        """The sum over all leaves, 0-d, whose gradient waits with those of the masked weights."""
+        if not torch.compiler.is_compiling():
+            for leaf in self.leaves:
+                leaf.refresh()
+        return self.l0s.sum()
+
+    def _note_dl0(self, _l0s: Tensor) -> None:
+        for leaf in self.leaves:
+            leaf.dl0_waits = True
+
+    def discard(self) -> None:
+        """Drop all that waits."""
+        self.l0s.grad = None
+        for leaf in self.leaves:
+            leaf.discard()
+
+
+def whole_groups(leaves: list[MaskedLeaf]) -> list[LeafGroup]:
+    """The groups of which all leaves are among these."""
+    given = {id(leaf) for leaf in leaves}
+    groups = {id(leaf.group): leaf.group for leaf in leaves if leaf.group is not None}
+    return [group for group in groups.values() if all(id(leaf) in given for leaf in group.leaves)]
+
+
+class MaskedLeaf:
+    """The masked weight of one layer, one logit per weight, and the gradients that wait for the optimizer.
+
+    Args:
+        weight: frozen.
+        mask_logits: of the weight's shape; from now on reading their ``grad`` fetches what waits here.
+        temperature: 0-d.
+        scale: of the mask.
+
+    Attributes:
+        value: the masked weight, a tensor without history that requires grad; None until it is asked for.
+        group, index: what the leaf belongs to, and its place there; None and 0 until an optimizer takes it.
+        dl0_waits: whether a gradient of the group's l0 waits that this layer's logits have not had yet.
+    """
+
+    def __init__(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor, scale: float) -> None:
+        self.scale = scale
+        self.bind(weight, mask_logits, temperature)
+        self.group: LeafGroup | None = None
+        self.index = 0
+        self.dl0_waits = False
+        self.value: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._key: Any = None
+
+    def bind(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor) -> None:
+        """Go on with other tensors of the same layer: a module that is moved to a device gets new ones."""
+        self.weight, self.mask_logits, self.temperature = weight, mask_logits, temperature
+        mask_logits.__class__ = DeferredLogits
+        _LEAVES[id(mask_logits)] = self
+
+    @property
+    def has_optimizer(self) -> bool:
+        """Whether there is still an optimizer to wait for."""
+        return self.group is not None and self.group.optimizer() is not None
+
+    # The masked weight
+
+    def current(self, dtype: torch.dtype) -> Tensor:
+        """The masked weight in a dtype, that of the logits and temperature as they are now; requires grad.
+
+        Raises:
+            RuntimeError: weight, logits or temperature have changed while a gradient waits that belongs to old ones.
+        """
+        if self.value is None or self._key != self._state(dtype):
+            self._make(dtype)
+        assert self.value is not None
+        return self.value
+
+    def refresh(self) -> None:
+        """Bring masked weight and l0 up to date where logits or temperature have changed."""
+        self.current(self.weight.dtype if self.value is None else self.value.dtype)
+
+    def _state(self, dtype: torch.dtype) -> Any:
+        return (
+            dtype, self.weight.data_ptr(), self.weight._version, self.mask_logits.data_ptr(), self.mask_logits._version,
+            self.temperature.data_ptr(), self.temperature._version,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _make(self, dtype: torch.dtype) -> None:
+        self.flush()  # what waits has this dtype or belongs to another one; old logits' raises
+        mask = (self.weight, self.mask_logits, self.temperature, False, self.scale)
+        old = self.value
+        if old is not None and (old.dtype, old.device, old.shape) == (dtype, self.weight.device, self.weight.shape):
+            l0 = ops.materialize_(old, *mask)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                masked_weight, l0, _ = ops.materialize(*mask, dtype)
+            self.value = masked_weight.requires_grad_()
+            if dtype.itemsize < 4:
+                self.value.register_post_accumulate_grad_hook(self._add_in_fp32)
+        assert self.group is not None
+        self.group.l0s[self.index] = l0
+        self.group.counts = None
+        self.has_new_value()
+
+    def has_new_value(self) -> None:
+        """The masked weight has been written, and is that of the logits and temperature as they are now."""
+        assert self.value is not None
+        self._key = self._state(self.value.dtype)
+
+    def free(self) -> None:
+        """Free the masked weight, which is made again when it is asked for; what waits goes to the logits' ``grad``."""
+        self.flush()
+        self.value = self._key = None
+
+    # The gradients that wait
+
+    def _add_in_fp32(self, value: Tensor) -> None:
+        """Called by autograd, which would add up the 16-bit gradients of several micro-batches in 16 bits."""
+        grad, value.grad = value.grad, None
+        self._sum = grad if self._sum is None else self._sum.float().add_(grad)
+
+    @property
+    def dmasked_weight(self) -> Tensor | None:
+        """The masked weight's gradient so far: of one micro-batch in its own dtype, of several in fp32 or higher."""
+        if self._sum is not None:
+            return self._sum
+        return None if self.value is None else self.value.grad
+
+    @property
+    def dl0(self) -> Tensor | None:
+        """The gradient of this layer's l0 so far: 0-d."""
+        grad = self.group.l0s.grad if self.group is not None and self.dl0_waits else None
+        return None if grad is None else grad[self.index]
+
+    def check_unchanged(self) -> None:
+        """Raise unless what waits belongs to the weight, logits and temperature as they are now."""
+        if self._key is None:
+            return
+        names = ("dtype", "weight", "weight", "mask_logits", "mask_logits", "temperature", "temperature")
+        pairs = zip(names, self._key, self._state(self._key[0]), strict=True)
+        changed = dict.fromkeys(name for name, before, now in pairs if before != now)
+        if changed:
+            raise RuntimeError(_CHANGED.format(what=" and ".join(changed)))
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Add what waits to ``mask_logits.grad``.
+
+        Raises:
+            RuntimeError: it belongs to other logits, another temperature or weight than there are now.
+        """
+        dmasked_weight, dl0 = self.dmasked_weight, self.dl0
+        if dmasked_weight is None and dl0 is None:
+            return
+        self.check_unchanged()
+        if dmasked_weight is None:  # only l0: a zero that takes no memory
+            dmasked_weight = self.weight.new_zeros(()).expand(self.weight.shape)
+        grad = grad_so_far(self.mask_logits)
+        chain = (dmasked_weight, self.weight, self.mask_logits, self.temperature, dl0, self.scale)
+        if grad is None:
+            _raw_grad.__set__(self.mask_logits, ops.logits_grad(*chain))
+        else:
+            ops.logits_grad_(grad, *chain)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop what waits."""
+        self._sum = None
+        if self.value is not None:
+            self.value.grad = None
+        dl0 = self.dl0
+        if dl0 is not None:
+            dl0.zero_()  # the gradients of others may still wait there
+        self.dl0_waits = False

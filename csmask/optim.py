@@ -1,0 +1,360 @@
+"""``MaskAdamW`` and ``MaskSGD``: optimizers of mask logits that make a masked layer cost what a dense one costs.
+
+Given a circuit's ``mask_parameters()`` they put its layers in ``per_step`` execution: forward and backward run on the
+masked weight as on any dense weight, and ``step()`` does the rest in one pass over each layer: the gradient of the
+logits, the update, the next masked weight, its l0 sum, and the counts of kept and undecided weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.sgd import sgd
+
+from ._ops import ops
+from .masked_layer import layers_of
+from .masked_leaf import LeafGroup, MaskedLeaf, grad_so_far, leaf_of
+
+
+def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
+    """Called before any optimizer's step: gradients that wait for one are not seen by another."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            leaf = leaf_of(param)
+            if leaf is None or leaf.group is None:
+                continue
+            owner = leaf.group.optimizer()
+            if owner is not None and owner is not optimizer:
+                raise RuntimeError(
+                    f"these mask logits belong to a {type(owner).__name__}, whose per_step execution keeps their "
+                    f"gradients; step that one, or circuit.set_execution('auto') before making a "
+                    f"{type(optimizer).__name__}"
+                )
+
+
+register_optimizer_step_pre_hook(_refuse_other_optimizers)
+
+
+class _MaskOptimizer(Optimizer):
+    """What both share: which layers wait, clipping, and telemetry."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], max_grad_norm: float | None) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, or None not to clip, got {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self.grad_norm: Tensor | None = None
+        self._groups: list[LeafGroup] = []
+        super().__init__(params, defaults)
+        self._take_layers()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "_groups") and self._groups:
+            self._take_layers()
+
+    def _take_layers(self) -> None:
+        """Put the layers of the parameters in ``per_step`` execution; those of another optimizer change hands."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        by_device: dict[torch.device, list[MaskedLeaf]] = {}
+        for layer in layers_of(params):
+            if layer.can_wait:
+                by_device.setdefault(layer.weight.device, []).append(layer.wait_for_step())
+        self._groups = [LeafGroup(leaves, self) for leaves in by_device.values()]
+
+    @property
+    def leaves(self) -> list[MaskedLeaf]:
+        return [leaf for group in self._groups for leaf in group.leaves]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, those too that wait for this optimizer."""
+        for group in self._groups:
+            group.discard()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of all logits that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        mine = {id(leaf) for leaf in self.leaves if leaf.group is not None and leaf.group.optimizer() is self}
+        if self.leaves and not mine:
+            raise RuntimeError("another optimizer has taken over the layers of this one: make a new one, or step that")
+        for leaf in self.leaves:
+            if leaf.dmasked_weight is not None or leaf.dl0_waits:
+                leaf.check_unchanged()
+        parts = [self._parts(group, mine) for group in self.param_groups]
+        factor = self._clip(parts)
+        for group, (waiting, others) in zip(self.param_groups, parts, strict=True):
+            if others:
+                self._step_tensors(group, others, factor)
+            for leaves in _by_device(waiting):
+                self._step_leaves(group, leaves, factor)
+        return loss
+
+    def _parts(self, group: dict[str, Any], mine: set[int]) -> tuple[list[MaskedLeaf], list[nn.Parameter]]:
+        """The parameters that have a gradient: as leaves of layers in ``per_step`` execution, and all others."""
+        waiting, others = [], []
+        for param in group["params"]:
+            leaf = leaf_of(param)
+            if leaf is not None and id(leaf) in mine and leaf.value is not None:
+                has_gradient = leaf.dmasked_weight is not None or leaf.dl0_waits
+                if has_gradient or grad_so_far(param) is not None:
+                    waiting.append(leaf)
+            elif param.grad is not None:
+                others.append(param)
+        return waiting, others
+
+    def _clip(self, parts: list[tuple[list[MaskedLeaf], list[nn.Parameter]]]) -> Tensor | None:
+        """What to multiply every gradient with so that their norm is ``max_grad_norm`` at most: 0-d, by device."""
+        if self.max_grad_norm is None:
+            return None
+        norms = [torch.linalg.vector_norm(p.grad) for _, others in parts for p in others]
+        for waiting, _ in parts:
+            norms += [ops.mask_grad_norms(*_gradient_arguments(leaves)) for leaves in _by_device(waiting)]
+        if not norms:
+            return None
+        device = norms[0].device
+        self.grad_norm = torch.linalg.vector_norm(torch.cat([n.reshape(-1).to(device) for n in norms]))
+        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+
+    def _step_leaves(self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None) -> None:
+        l0s, counts = self._mask_step(group, leaves, factor)
+        owner = leaves[0].group
+        assert owner is not None
+        if len(leaves) == len(owner.leaves):
+            owner.l0s.detach().copy_(l0s)
+            owner.counts = counts
+        else:
+            index = torch.tensor([leaf.index for leaf in leaves], device=l0s.device)
+            owner.l0s.detach()[index] = l0s
+            if owner.counts is not None:
+                owner.counts[index] = counts
+        for leaf in leaves:
+            leaf.discard()
+            leaf.has_new_value()
+
+    def telemetry(self) -> dict[str, float]:
+        """``l0``, ``kept_fraction`` and ``undecided_fraction`` of layers in ``per_step`` execution, as they are now.
+
+        Reads from the device: everything before has to finish. The counts cost no pass of their own after a step.
+        """
+        l0 = kept = undecided = 0.0
+        weights = 0
+        for group in self._groups:
+            for leaf in group.leaves:
+                leaf.refresh()
+            counts = group.counts
+            if counts is None:
+                sums = [ops.mask_sums(leaf.mask_logits.detach(), leaf.temperature, False, leaf.scale, 1, True)[1]
+                        for leaf in group.leaves]  # fmt: skip
+                counts = group.counts = torch.stack(sums)
+            l0 += float(group.l0s.detach().sum())
+            k, u = counts.sum(0).tolist()
+            kept, undecided = kept + k, undecided + u
+            weights += sum(leaf.weight.numel() for leaf in group.leaves)
+        count = max(1, weights)
+        return {"l0": l0, "kept_fraction": kept / count, "undecided_fraction": undecided / count}
+
+    def _mask_step(
+        self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
+        raise NotImplementedError
+
+
+def _by_device(leaves: Iterable[MaskedLeaf]) -> list[list[MaskedLeaf]]:
+    found: dict[torch.device, list[MaskedLeaf]] = {}
+    for leaf in leaves:
+        found.setdefault(leaf.weight.device, []).append(leaf)
+    return list(found.values())
+
+
+def _gradient_arguments(leaves: list[MaskedLeaf]) -> tuple[list[Any], ...]:
+    """What ``mask_grad_norms`` takes."""
+    logits = [leaf.mask_logits.detach() for leaf in leaves]
+    return (
+        logits,
+        [leaf.dmasked_weight for leaf in leaves],
+        [leaf.weight.detach() for leaf in leaves],
+        [grad_so_far(leaf.mask_logits) for leaf in leaves],
+        [leaf.temperature for leaf in leaves],
+        [leaf.dl0 for leaf in leaves],
+        [leaf.scale for leaf in leaves],
+    )
+
+
+def _common(leaves: list[MaskedLeaf], states: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+    """What both step operators take between their states and their settings: two parts."""
+    logits, dmasked_weights, weights, grads, temperatures, dl0s, scales = _gradient_arguments(leaves)
+    before = [leaf.value.detach() for leaf in leaves if leaf.value is not None]
+    after = [before, dmasked_weights, weights, grads, temperatures, dl0s, scales]
+    return logits, [*after, [state["step"] for state in states]]
+
+
+def _rate(group: dict[str, Any]) -> Tensor:
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+
+
+class MaskAdamW(_MaskOptimizer):
+    """AdamW for mask logits, whose step is one pass that also makes the next masked weight.
+
+    Formulas and states are those of ``torch.optim.AdamW``.
+
+    Args:
+        params: ``circuit.mask_parameters()``, or parameter groups of them; other parameters get an ordinary AdamW step.
+        lr: learning rate, a number or a 0-d tensor.
+        betas, eps: as in AdamW (arXiv 1711.05101).
+        weight_decay: decoupled; 0, since to pull logits to 0 is to undecide them.
+        max_grad_norm: clip the norm of all gradients to it, as ``torch.nn.utils.clip_grad_norm_`` does, at a pass over
+            the gradients; that function works too, at the cost of ``per_forward`` execution.
+        maximize: go up.
+
+    Raises:
+        ValueError: a setting out of its range.
+        RuntimeError: in ``step``, weights, logits or temperature that changed since backward.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+    ) -> None:
+        _check_settings(lr, weight_decay)
+        for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+            if not 0.0 <= beta < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {beta}")
+        if not eps >= 0.0:
+            raise ValueError(f"eps must be >= 0, got {eps}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, max_grad_norm)
+
+    def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    def _mask_step(
+        self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        states = [self._state_of(leaf.mask_logits) for leaf in leaves]
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        logits, rest = _common(leaves, states)
+        averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        settings = (_rate(group), *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+        return ops.mask_adamw_(logits, *averages, *rest, factor, *settings)
+
+    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
+        states = [self._state_of(param) for param in params]
+        if factor is not None:
+            for param in params:
+                param.grad.mul_(factor.to(param.device))  # type: ignore[union-attr]
+        adamw(
+            params, [param.grad for param in params], [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
+            foreach=None, capturable=params[0].is_cuda, amsgrad=False, beta1=group["betas"][0],
+            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=group["maximize"],
+        )  # fmt: skip
+
+
+class MaskSGD(_MaskOptimizer):
+    """SGD for mask logits, whose step is one pass that also makes the next masked weight.
+
+    Formulas and states are those of ``torch.optim.SGD``.
+
+    Args:
+        params, max_grad_norm, maximize: as in ``MaskAdamW``.
+        lr: learning rate, a number or a 0-d tensor.
+        momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``.
+
+    Raises:
+        ValueError: a setting out of its range.
+        RuntimeError: in ``step``, weights, logits or temperature that changed since backward.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+    ) -> None:
+        _check_settings(lr, weight_decay)
+        if not momentum >= 0.0:
+            raise ValueError(f"momentum must be >= 0, got {momentum}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(f"nesterov needs momentum > 0 and dampening 0, got {momentum} and {dampening}")
+        defaults = {
+            "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
+            "nesterov": nesterov, "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, defaults, max_grad_norm)
+
+    def _state_of(self, group: dict[str, Any], param: nn.Parameter) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            if group["momentum"]:
+                state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        return state
+
+    def _mask_step(
+        self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        states = [self._state_of(group, leaf.mask_logits) for leaf in leaves]
+        torch._foreach_add_([state["step"] for state in states], 1.0)
+        logits, rest = _common(leaves, states)
+        momentums = [state["momentum_buffer"] for state in states] if group["momentum"] else []
+        settings = (group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
+        return ops.mask_sgd_(logits, momentums, *rest, factor, _rate(group), *settings)
+
+    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
+        states = [self._state_of(group, param) for param in params]
+        if factor is not None:
+            for param in params:
+                param.grad.mul_(factor.to(param.device))  # type: ignore[union-attr]
+        first = [bool(group["momentum"]) and state["step"] == 0 for state in states]
+        momentums = [None if new else state.get("momentum_buffer") for new, state in zip(first, states, strict=True)]
+        sgd(
+            params, [param.grad for param in params], momentums, has_sparse_grad=False, foreach=None,
+            weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
+        )  # fmt: skip
+        for state, momentum in zip(states, momentums, strict=True):
+            state["step"] += 1
+            if group["momentum"]:
+                state["momentum_buffer"] = momentum
+
+
+def _check_settings(lr: float | Tensor, weight_decay: float) -> None:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a 0-d tensor, got shape {tuple(lr.shape)}")
+    elif not lr >= 0.0:
+        raise ValueError(f"lr must be >= 0, got {lr}")
+    if not weight_decay >= 0.0:
+        raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
