@@ -40,8 +40,8 @@ def mask_adamw_(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     waiting = (masked_weights, dmasked_weights, weights, grads, temperatures, dl0s, scales, steps)
     if not _have_kernel(mask_logits, weights, dmasked_weights, masked_weights):
-        settings = (factor, lr, beta1, beta2, eps, weight_decay, maximize)
-        return _plain_step.mask_adamw_(mask_logits, exp_avgs, exp_avg_sqs, *waiting, *settings)
+        plain: tuple[Any, ...] = (*waiting, factor, lr, beta1, beta2, eps, weight_decay, maximize)
+        return _plain_step.mask_adamw_(mask_logits, exp_avgs, exp_avg_sqs, *plain)
     assert _cpp.kernels is not None
     states = [(average, square) for average, square in zip(exp_avgs, exp_avg_sqs, strict=True)]
     settings = (lr.item(), beta1, beta2, eps, weight_decay)
@@ -55,11 +55,12 @@ def mask_sgd_(
     maximize: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     waiting = (masked_weights, dmasked_weights, weights, grads, temperatures, dl0s, scales, steps)
-    settings: tuple[Any, ...] = (momentum, dampening, weight_decay, nesterov)
+    settings = (momentum, dampening, weight_decay, nesterov)
     if not _have_kernel(mask_logits, weights, dmasked_weights, masked_weights):
-        return _plain_step.mask_sgd_(mask_logits, momentums, *waiting, factor, lr, *settings, maximize)
+        plain: tuple[Any, ...] = (*waiting, factor, lr, *settings, maximize)
+        return _plain_step.mask_sgd_(mask_logits, momentums, *plain)
     assert _cpp.kernels is not None
-    states = [(buffer,) for buffer in momentums] if momentum else [(None,)] * len(mask_logits)
+    states: list[tuple[Any, ...]] = [(buffer,) for buffer in momentums] if momentum else [(None,)] * len(mask_logits)
     return _step_each(_cpp.kernels.mask_sgd, mask_logits, states, waiting, factor, maximize, (lr.item(), *settings))
 
 

@@ -18,7 +18,7 @@ from ._ops import ops
 
 # By id of the logits; an entry lasts as long as its leaf.
 _LEAVES: weakref.WeakValueDictionary[int, MaskedLeaf] = weakref.WeakValueDictionary()
-_raw_grad = torch.Tensor.grad
+_raw_grad: Any = torch.Tensor.grad
 _CHANGED = (
     "{what} changed after a backward whose gradient still waits for the optimizer: call optimizer.step() or "
     "optimizer.zero_grad() first (setting circuit.temperature takes the gradient along)"
@@ -40,7 +40,7 @@ class DeferredLogits(nn.Parameter):
     """Mask logits whose gradient may wait in a leaf: to read ``grad`` fetches it from there, to set it drops it."""
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         leaf = leaf_of(self)
         if leaf is not None:
             leaf.flush()
@@ -103,7 +103,8 @@ class LeafGroup:
         """Drop all that waits."""
         self.l0s.grad = None
         for leaf in self.leaves:
-            leaf.discard()
+            if leaf.group is self:
+                leaf.discard()
 
 
 def whole_groups(leaves: list[MaskedLeaf]) -> list[LeafGroup]:
@@ -205,6 +206,7 @@ class MaskedLeaf:
     def _add_in_fp32(self, value: Tensor) -> None:
         """Called by autograd, which would add up the 16-bit gradients of several micro-batches in 16 bits."""
         grad, value.grad = value.grad, None
+        assert grad is not None
         self._sum = grad if self._sum is None else self._sum.float().add_(grad)
 
     @property

@@ -59,12 +59,19 @@ class _MaskOptimizer(Optimizer):
 
     def _take_layers(self) -> None:
         """Put the layers of the parameters in ``per_step`` execution; those of another optimizer change hands."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        by_device: dict[torch.device, list[MaskedLeaf]] = {}
-        for layer in layers_of(params):
-            if layer.can_wait:
-                by_device.setdefault(layer.weight.device, []).append(layer.wait_for_step())
-        self._groups = [LeafGroup(leaves, self) for leaves in by_device.values()]
+        self._groups = []
+        for group in self.param_groups:
+            leaves = [layer.wait_for_step() for layer in layers_of(group["params"]) if layer.can_wait]
+            self._groups += [LeafGroup(those, self) for those in _by_device(leaves)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_groups" not in vars(self):  # unpickled or copied
+            self.grad_norm = None
+            self._take_layers()
 
     @property
     def leaves(self) -> list[MaskedLeaf]:
@@ -77,7 +84,7 @@ class _MaskOptimizer(Optimizer):
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all logits that have a gradient."""
         loss = None
         if closure is not None:
@@ -125,6 +132,7 @@ class _MaskOptimizer(Optimizer):
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     def _step_leaves(self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None) -> None:
+        factor = factor if factor is None else factor.to(leaves[0].weight.device)
         l0s, counts = self._mask_step(group, leaves, factor)
         owner = leaves[0].group
         assert owner is not None
@@ -132,10 +140,11 @@ class _MaskOptimizer(Optimizer):
             owner.l0s.detach().copy_(l0s)
             owner.counts = counts
         else:
-            index = torch.tensor([leaf.index for leaf in leaves], device=l0s.device)
-            owner.l0s.detach()[index] = l0s
-            if owner.counts is not None:
-                owner.counts[index] = counts
+            # Some had no gradient. One by one: a list of indexes would have to come from the host.
+            for i, leaf in enumerate(leaves):
+                owner.l0s.detach()[leaf.index] = l0s[i]
+                if owner.counts is not None:
+                    owner.counts[leaf.index] = counts[i]
         for leaf in leaves:
             leaf.discard()
             leaf.has_new_value()
@@ -265,10 +274,10 @@ class MaskAdamW(_MaskOptimizer):
     def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
         states = [self._state_of(param) for param in params]
         if factor is not None:
-            for param in params:
-                param.grad.mul_(factor.to(param.device))  # type: ignore[union-attr]
+            for grad in _gradients(params):
+                grad.mul_(factor.to(grad.device))
         adamw(
-            params, [param.grad for param in params], [state["exp_avg"] for state in states],
+            list(params), _gradients(params), [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
             foreach=None, capturable=params[0].is_cuda, amsgrad=False, beta1=group["betas"][0],
             beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
@@ -335,12 +344,12 @@ class MaskSGD(_MaskOptimizer):
     def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
         states = [self._state_of(group, param) for param in params]
         if factor is not None:
-            for param in params:
-                param.grad.mul_(factor.to(param.device))  # type: ignore[union-attr]
+            for grad in _gradients(params):
+                grad.mul_(factor.to(grad.device))
         first = [bool(group["momentum"]) and state["step"] == 0 for state in states]
         momentums = [None if new else state.get("momentum_buffer") for new, state in zip(first, states, strict=True)]
         sgd(
-            params, [param.grad for param in params], momentums, has_sparse_grad=False, foreach=None,
+            list(params), _gradients(params), momentums, has_sparse_grad=False, foreach=None,
             weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
             dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
         )  # fmt: skip
@@ -348,6 +357,10 @@ class MaskSGD(_MaskOptimizer):
             state["step"] += 1
             if group["momentum"]:
                 state["momentum_buffer"] = momentum
+
+
+def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
 
 
 def _check_settings(lr: float | Tensor, weight_decay: float) -> None:

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from csmask import _cpp, _ops, _plain, autograd
+from csmask import _cpp, _ops, autograd
 
 # Before the first kernel is decorated: without a GPU, Triton's kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -47,7 +47,7 @@ def triton_on_cpu(monkeypatch):
         warnings.simplefilter("ignore", UserWarning)  # that kernels are overridden is the point
         for name in _ops.SCHEMAS:
             has_kernel = _ops.SCHEMAS[name][1] is not None  # others are made of ops that have one
-            run = _ops._run_triton(name) if has_kernel else _ops._without_grad(_plain.OPS[name])
+            run = _ops._run_triton(name) if has_kernel else _ops._without_grad(_ops._PLAIN_OPS[name])
             library.impl(name, run, "CPU", allow_override=True)
     yield
     library._destroy()

@@ -234,7 +234,6 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was():
         ({"target_layers": "all"}, PlainModel(), TypeError, "config must be a CircuitConfig, got dict"),
         (CircuitConfig(target_layers="all"), PlainModel, TypeError, "model must be a torch.nn.Module, got type"),
         (PlainModel(), CircuitConfig(target_layers="all"), TypeError, "config must be a CircuitConfig"),
-        (CircuitConfig(target_layers="all", execution="per_step"), PlainModel(), NotImplementedError, "per_step"),
     ],
 )
 def test_arguments_that_are_not_what_they_should_be(config, model, error, text):

@@ -117,8 +117,9 @@ Sums mask_adamw(const OutArray& mask_logits, const OutArray& exp_avg, const OutA
   const Arrays arrays{mask_logits, masked_weight, dmasked_weight, weight, grad};
   MaskStepArgs args = checked(arrays, exp_avg, exp_avg_sq, temperature, dl0, scale, factor, threads);
   if (!(step >= 1)) fail_value("step must be >= 1, got " + std::to_string(step));
-  args.adamw.beta1 = static_cast<float>(beta1);
+  args.adamw.taken1 = static_cast<float>(1.0 - beta1);
   args.adamw.beta2 = static_cast<float>(beta2);
+  args.adamw.taken2 = static_cast<float>(1.0 - beta2);
   args.adamw.eps = static_cast<float>(eps);
   args.adamw.decay = static_cast<float>(1.0 - lr * weight_decay);
   args.adamw.step_size = static_cast<float>(lr / (1.0 - std::pow(beta1, step)));

@@ -69,8 +69,9 @@ struct LogitsGradArgs {
 
 // S = S * decay - step_size * average / (sqrt(square) * inverse_root_correction2 + eps)
 struct AdamW {
-  float beta1;
+  float taken1;  // 1 - beta1, rounded once
   float beta2;
+  float taken2;
   float eps;
   float decay;                     // 1 - lr * weight_decay
   float step_size;                 // lr / (1 - beta1^t)

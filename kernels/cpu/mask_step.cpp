@@ -70,8 +70,8 @@ void adamw(const AdamW& a, const float* __restrict gradient, int64_t n, float* _
            float* __restrict average, float* __restrict square) {
   for (int64_t i = 0; i < n; ++i) {
     const float g = gradient[i];
-    average[i] = multiply_add(1.0f - a.beta1, g - average[i], average[i]);
-    square[i] = multiply_add(a.beta2, square[i], (1.0f - a.beta2) * g * g);
+    average[i] = multiply_add(a.taken1, g - average[i], average[i]);
+    square[i] = multiply_add(a.beta2, square[i], a.taken2 * g * g);
     const float denominator = __builtin_sqrtf(square[i]) * a.inverse_root_correction2 + a.eps;
     logits[i] = logits[i] * a.decay - a.step_size * average[i] / denominator;
   }
