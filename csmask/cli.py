@@ -108,6 +108,30 @@ def demo(
     raise typer.Exit(run_command(**options))
 
 
+@app.command("plan")
+def plan_memory(
+    model: Annotated[str | None, typer.Argument(help="A config.json, a model's folder, or a name of --list.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="What to mask, may be repeated; all-linear.")] = None,
+    gpu: Annotated[list[float] | None, typer.Option(help="A GPU's GiB, may be repeated; 24, 40, 80, 141.")] = None,
+    micro_batches: Annotated[int, typer.Option(help="Forwards and backwards per optimizer step.")] = 1,
+    activations: Annotated[float, typer.Option(help="GiB of activations to add.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights: bfloat16, float16 or float32.")] = "bfloat16",
+    names: Annotated[bool, typer.Option("--list", help="Print the built-in models and exit.")] = False,
+) -> None:
+    """Say how much memory training masks takes, and which GPUs it fits: no weights are loaded, nothing downloaded."""
+    from . import plan
+
+    if names:
+        for name, config in plan.BUILT_IN.items():
+            typer.echo(f"{name:<18}{config['architectures'][0]}")
+        return
+    if model is None:
+        raise typer.BadParameter("give a config.json, a model's folder, or a name of --list")
+    # What the options leave out is the module's own.
+    asked = (targets or ["all-linear"], gpu or list(plan.GPUS), micro_batches, activations, dtype)
+    raise typer.Exit(plan.run_command(model, *asked))
+
+
 def main() -> None:
     """Entry point of the ``csmask`` command."""
     app()

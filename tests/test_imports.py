@@ -33,7 +33,7 @@ LEVELS = [
     {"checkpoint"},
     {"circuit"},
     {"evaluate", "trainer", "optim"},
-    {"demo"},
+    {"demo", "plan"},
     {"cli"},
     {"__main__"},
 ]
