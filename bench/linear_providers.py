@@ -2,8 +2,9 @@
 
 ``dense`` trains the weight itself. ``eager`` is NeuroSurgeon 0.1.0: its own layer in its own ``CircuitModel``; where it
 is not installed, its formula in plain PyTorch under the name ``eager (plain)``. ``compile`` is that formula under
-``torch.compile``. ``per_forward``, ``in_kernel`` and ``auto`` are layers of csmask's ``CircuitModel``. All have a fused
-AdamW; the masked ones add ``L0_LAMBDA * l0`` to the loss, as the libraries themselves do.
+``torch.compile``. ``per_step``, ``per_forward``, ``in_kernel`` and ``auto`` are layers of csmask's ``CircuitModel``.
+``per_step`` has csmask's ``MaskAdamW``, all others a fused AdamW; the masked ones add ``L0_LAMBDA * l0`` to the loss,
+as the libraries themselves do.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from gpu_inputs import random_logits
 from providers import Provider, plain_masked_linear
 from torch import Tensor, nn
 
-from csmask import CircuitConfig, CircuitModel
+from csmask import CircuitConfig, CircuitModel, MaskAdamW
 
-EXECUTIONS = ("per_forward", "in_kernel", "auto")
+EXECUTIONS = ("per_step", "per_forward", "in_kernel", "auto")
 # Large, so that the check of the gradient sees the l0 term beside the rest; the time does not depend on it.
 L0_LAMBDA = 0.1
 TEMPERATURE = 1.5
@@ -142,21 +143,25 @@ class Layers:
         return self._started(Provider(all_logits, forward, dl0=1.0, note=note))
 
     def _csmask(self, execution: str) -> Provider:
+        per_step = execution == "per_step"
         config = CircuitConfig(target_layers="all", execution=execution, l0_lambda=L0_LAMBDA)
         circuit = CircuitModel(config, LinearModel(self.weights))
         circuit.temperature = TEMPERATURE
         parameters = circuit.mask_parameters()
+        optimizer = MaskAdamW(parameters, lr=1e-6) if per_step else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             output = circuit(x)
             return output.out, output.loss
 
         def start() -> None:
-            # As an optimizer's step does: every step has new logits, also where it is left out of the time.
-            torch.autograd.graph.increment_version(parameters)
+            # As an optimizer's step does: every step has new logits, also where it is left out of the time. In
+            # per_step execution it has made their masked weight, too.
+            if not per_step:
+                torch.autograd.graph.increment_version(parameters)
 
         note = f"picks {self.pick()}" if execution == "auto" else ""
-        return self._started(Provider(parameters, forward, start, dl0=1.0, note=note))
+        return self._started(Provider(parameters, forward, start, dl0=1.0, note=note, optimizer=optimizer))
 
     def pick(self) -> str:
         """The execution that ``auto`` takes for this shape, as a layer in training asks for it."""

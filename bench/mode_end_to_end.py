@@ -22,17 +22,18 @@ from gpu_timing import Clock, Failure
 from linear_providers import neurosurgeon
 from torch import Tensor, nn
 
-from csmask import CircuitConfig, CircuitModel
+from csmask import CircuitConfig, CircuitModel, MaskAdamW
 
-EXECUTIONS = ("per_forward", "auto")
+EXECUTIONS = ("per_step", "per_forward", "auto")
 BATCH, TOKENS = 8, 128
 ROUNDS = 3
 # So large that losses and gradients would show a lost l0 term; the time does not depend on it.
 L0_LAMBDA = 1e-7
 # Relative. Between orders of summation in fp32 the losses of these models differ by some 1e-6, and the gradients of
-# ResNet-50, with its ReLUs, by up to 7e-3: so far are plain torch's own from those in fp64.
+# ResNet-50, with its ReLUs, by up to 7e-3: so far are plain torch's own from those in fp64. What 1e-3
+# forbids is one lost output unit of a layer: 1 / sqrt(3072) and more.
 LARGEST_LOSS_ERROR = 1e-4
-LARGEST_GRADIENT_ERROR = 2e-2
+LARGEST_GRADIENT_ERROR, LARGEST_GRADIENT_ERROR_RESNET = 1e-3, 2e-2
 Step = Callable[[], Tensor]
 
 
@@ -53,6 +54,7 @@ class Case:
     inputs: dict[str, Tensor]
     targets: str
     x: str
+    gradient_error: float = LARGEST_GRADIENT_ERROR
 
 
 def tasks(context: Context, options: argparse.Namespace) -> list[tuple[str, Callable[[], None]]]:
@@ -75,7 +77,7 @@ def end_to_end(context: Context, name: str) -> None:
         try:
             training = make()
             if provider != "dense":
-                check(training, *expected)
+                check(training, *expected, case.gradient_error)
             calls[provider] = training.step
         except Exception as error:  # noqa: BLE001, PERF203, recorded
             context.fail(f"{name} {provider}", Failure.of(error))
@@ -88,7 +90,12 @@ def end_to_end(context: Context, name: str) -> None:
             )
 
 
-def check(training: Training, expected_loss: float, expected_gradients: dict[str, Tensor]) -> None:
+def check(
+    training: Training,
+    expected_loss: float,
+    expected_gradients: dict[str, Tensor],
+    largest_error: float = LARGEST_GRADIENT_ERROR,
+) -> None:
     """Raise unless the loss and every gradient are near what is expected; the parameters have none afterwards."""
     loss = training.loss()
     loss.backward()
@@ -99,11 +106,10 @@ def check(training: Training, expected_loss: float, expected_gradients: dict[str
     if not abs(found - expected_loss) <= LARGEST_LOSS_ERROR * abs(expected_loss):
         raise AssertionError(f"wrong numbers, not timed: the loss is {found:.7g}, plain torch's {expected_loss:.7g}")
     for got, (name, right) in zip(gradients, expected_gradients.items(), strict=True):
-        error = float("nan") if got is None else float((got - right).norm() / right.norm())
-        if not error <= LARGEST_GRADIENT_ERROR:  # NaN neither
-            raise AssertionError(
-                f"wrong numbers, not timed: the gradient of {name} {error:.2g} > {LARGEST_GRADIENT_ERROR}"
-            )
+        error = None if got is None else (got - right).norm()
+        if error is None or not error <= largest_error * right.norm():  # NaN neither
+            found = "is not there" if error is None else f"{float(error / right.norm()):.2g} > {largest_error}"
+            raise AssertionError(f"wrong numbers, not timed: the gradient of {name} {found}")
 
 
 def cases(device: torch.device, quick: bool) -> dict[str, Case]:
@@ -137,7 +143,7 @@ def cases(device: torch.device, quick: bool) -> dict[str, Case]:
         ),
         "resnet-50": Case(
             lambda: hf.ResNetForImageClassification(resnet),
-            {"pixel_values": pixels, "labels": labels}, "all", pictures,
+            {"pixel_values": pixels, "labels": labels}, "all", pictures, LARGEST_GRADIENT_ERROR_RESNET,
         ),
     }  # fmt: skip
 
@@ -196,8 +202,10 @@ def _providers(
     return found
 
 
-def _training(parameters: list[nn.Parameter], loss_of: Step) -> Training:
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+def _training(
+    parameters: list[nn.Parameter], loss_of: Step, optimizer: torch.optim.Optimizer | None = None
+) -> Training:
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
     def step() -> Tensor:
         optimizer.zero_grad()
@@ -232,7 +240,8 @@ def _csmask(execution: str, model: nn.Module, logits: dict[str, Tensor], case: C
     circuit = CircuitModel(config, model)
     parameters = circuit.mask_parameters()
     _start(parameters, logits)
-    return _training(parameters, lambda: circuit(**case.inputs).loss)
+    optimizer = MaskAdamW(parameters, lr=1e-6) if execution == "per_step" else None
+    return _training(parameters, lambda: circuit(**case.inputs).loss, optimizer)
 
 
 @torch.no_grad()

@@ -82,8 +82,9 @@ def _measure(context: Context, layers: Layers, name: str, make: Callable[[], Pro
     add("kept", kept, weights)
     add("scratch", scratch, shape.weights)
     add("scratch of a thread", of_thread, shape.weights)
-    provider = make()
-    add("saved for backward", saved_bytes(provider, inputs, layers.weights), weights)
+    add("saved for backward", saved_bytes(make(), inputs, layers.weights), weights)
+    provider = make()  # one that keeps nothing yet
+    _cpp_linear.drop_scratch()
     # Everything: W, the parameter, its gradient, AdamW's states, and the peak of a step. dense has no other weight.
     held = sum(p.nbytes for p in provider.parameters)
     held += 0 if name == "dense" else sum(w.nbytes for w in layers.weights)

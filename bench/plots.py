@@ -20,6 +20,7 @@ STYLES = {
     "eager": ("#D55E00", "v"),
     "eager (plain)": ("#D55E00", "v"),
     "compile": ("#E69F00", "^"),
+    "per_step": ("#CC79A7", "P"),
     "per_forward": ("#0072B2", "o"),
     "in_kernel": ("#009E73", "D"),
 }

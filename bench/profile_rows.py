@@ -18,12 +18,12 @@ SHOWN = 15
 
 def profile_of(missed: Verdict, device: torch.device, quick: bool = False) -> str:
     """The table of what ``CALLS`` calls of the missed target's provider spend their time on; "" for memory."""
-    if missed.mode == "fwd_bwd":
+    if missed.mode in ("fwd_bwd", "step"):
         layers = Layers(Shape.parse(missed.x), device, quick=quick)
         provider, (inputs, dout) = layers.providers()[missed.provider](), batch(layers)
 
         def call() -> None:
-            provider.step(inputs, dout, 1, optimizer=False)
+            provider.step(inputs, dout, 1, optimizer=missed.mode == "step")
 
     elif missed.mode == "bandwidth":
         dtype, _, size = missed.x.partition(" ")

@@ -6,10 +6,10 @@ import re
 import textwrap
 from typing import Any
 
-from verdict import BANDWIDTH_KERNELS, values
+from verdict import BANDWIDTH_KERNELS, Verdict, values, verdicts
 
 MARKERS = ("<!-- cpu-table:begin -->", "<!-- cpu-table:end -->")
-COLUMNS = ("dense", "eager", "eager (plain)", "compile", "per_forward", "in_kernel", "auto")
+COLUMNS = ("dense", "eager", "eager (plain)", "compile", "per_step", "per_forward", "in_kernel", "auto")
 # What rows call a measurement, and the README's sentence about it.
 LINEAR_MODES = {
     "fwd_bwd": "Forward + backward of one linear layer",
@@ -28,6 +28,7 @@ def table_of(rows: Rows, plot: str) -> str:
     parts += [_bandwidth(rows), _memory(rows)]
     if any(row["mode"] == "fwd_bwd" for row in rows):
         parts.append(f"![Time over dense, by shape]({plot})")
+    parts += [_targets(rows), _auto(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -105,8 +106,9 @@ def _bandwidth(rows: Rows) -> str:
     copies = values(rows, "bandwidth", "rate", "copy")
     if not copies:
         return ""
-    rate = max(found["torch"] for found in copies.values())
-    text = f"Of the bandwidth of a copy ({rate:.0f} GB/s, read and written): {_percents(rows, 'of copy')}."
+    rates = ", ".join(f"{found['torch']:.0f} GB/s ({x.split()[0]})" for x, found in copies.items())
+    text = f"Of the bandwidth of a copy that took turns with each: {_percents(rows, 'of copy')}."
+    text += f" The copy, reads and writes counted, moved {rates} in the middle of its turns."
     new = _percents(rows, "of copy, new memory")
     if new:
         text += f" Where the result is new memory, which the system clears first while the copy's is there: {new}."
@@ -120,6 +122,33 @@ def _percents(rows: Rows, metric: str) -> str:
         named = [f"{found['csmask']:.0f} % ({x.split()[0]})" for x, found in reached.items()]
         parts += [f"`{kernel}` {', '.join(named)}"] if named else []
     return "; ".join(parts)
+
+
+def _targets(rows: Rows) -> str:
+    """How many targets are met, and each one that is not, with what was reached and what was asked for."""
+    found = verdicts(rows)
+    if not found:
+        return ""
+    text = f"{sum(one.met for one in found)} of {len(found)} targets are met."
+    missed: dict[str, list[Verdict]] = {}
+    for one in found:
+        if not one.met:
+            missed.setdefault(one.what, []).append(one)
+    for what, those in missed.items():
+        reached = ", ".join(f"{one.reached:.2f}{one.unit} of {one.bound:.2f}{one.unit} ({one.x})" for one in those)
+        text += f" Missed: {what}: {reached}."
+    return _wrapped(text)
+
+
+def _auto(rows: Rows) -> str:
+    over = [(value, x) for x, by in values(rows, "auto", "over best").items() for value in by.values()]
+    if not over:
+        return ""
+    worst, where = max(over)
+    return _wrapped(
+        f"What `auto` picks without `per_step` takes 1.00x to {worst:.2f}x ({where}) of the time of the faster one of "
+        "`per_forward` and `in_kernel` in forward + backward."
+    )
 
 
 def _memory(rows: Rows) -> str:

@@ -1,4 +1,4 @@
-"""The README's CPU table and the plots, from the CSV that ``bench/run.py`` writes: the last run of each mode.
+"""The README's CPU table and the plots, from the CSV that ``bench/run.py`` writes: of each measurement the last.
 
 python bench/report.py            # writes bench/results/cpu_ratios.png, cpu_roofline.png and README.md's table
 python bench/report.py --check    # exit status 1 if the README's table is not what the CSV gives; writes nothing

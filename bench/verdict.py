@@ -9,6 +9,12 @@ from typing import Any
 from cases import Shape
 
 Rows = list[dict[str, Any]]
+# per_step over dense, forward + backward; its full step over dense's forward + backward and the step kernel's bytes at
+# 1 / 1.25 of the copy's bandwidth; and over compile's full step, by tokens, on weights whose traffic counts
+PER_STEP_OVER_DENSE, STEP_BYTES_OVER_COPY = 1.02, 1.25
+PER_STEP_OVER_COMPILE = ((128, 0.75), (512, 0.95))
+# mask_adamw_: reads and writes S and two states in fp32; reads W and its gradient, writes the masked weight
+STEP_BYTES_FP32, STEP_BYTES_PER_ITEMSIZE = 24, 3
 # per_forward over compile: on weights whose traffic counts, and on small ones
 OVER_COMPILE_LARGE, OVER_COMPILE_SMALL = 0.85, 1.0
 LARGE_WEIGHT = 4096 * 4096
@@ -42,7 +48,7 @@ class Verdict:
 def verdicts(rows: Iterable[dict[str, Any]]) -> list[Verdict]:
     """Every target that these rows can tell of."""
     rows = list(rows)
-    return _over_compile(rows) + _in_kernel(rows) + _bandwidth(rows) + _memory(rows)
+    return _per_step(rows) + _over_compile(rows) + _in_kernel(rows) + _bandwidth(rows) + _memory(rows)
 
 
 def values(rows: Rows, mode: str, metric: str, kernel: str = "masked_linear") -> dict[str, dict[str, float]]:
@@ -54,15 +60,38 @@ def values(rows: Rows, mode: str, metric: str, kernel: str = "masked_linear") ->
     return found
 
 
-def _ratios(rows: Rows, provider: str, other: str, bound: Callable[[Shape], float | None]) -> list[Verdict]:
+def _ratios(
+    rows: Rows, provider: str, other: str, bound: Callable[[Shape], float | None], mode: str = "fwd_bwd"
+) -> list[Verdict]:
     found = []
-    for x, times in values(rows, "fwd_bwd", "time").items():
+    for x, times in values(rows, mode, "time").items():
         limit = bound(Shape.parse(x))
         if limit is None or provider not in times or other not in times:
             continue
         ratio = times[provider] / times[other]
-        what = f"{provider} / {other}, forward + backward"
-        found.append(Verdict(what, x, ratio, limit, ratio <= limit, "x", "fwd_bwd", provider))
+        what = f"{provider} / {other}, {'forward + backward' if mode == 'fwd_bwd' else mode}"
+        found.append(Verdict(what, x, ratio, limit, ratio <= limit, "x", mode, provider))
+    return found
+
+
+def _per_step(rows: Rows) -> list[Verdict]:
+    def over_compile(shape: Shape) -> float:
+        if shape.weights < LARGE_WEIGHT:
+            return 1.0
+        return next((limit for tokens, limit in PER_STEP_OVER_COMPILE if shape.m <= tokens), 1.0)
+
+    found = _ratios(rows, "per_step", "dense", lambda _: PER_STEP_OVER_DENSE)
+    found += _ratios(rows, "per_step", "compile", over_compile, "step")
+    passes, steps = values(rows, "fwd_bwd", "time"), values(rows, "step", "time")
+    copies = {x.split()[0]: by["torch"] for x, by in values(rows, "bandwidth", "rate", "copy").items()}
+    for x, times in steps.items():
+        shape, dense = Shape.parse(x), passes.get(x, {}).get("dense")
+        if dense is None or "per_step" not in times or shape.dtype not in copies:
+            continue
+        size = shape.weights * (STEP_BYTES_FP32 + STEP_BYTES_PER_ITEMSIZE * shape.torch_dtype.itemsize)
+        allowed = dense + STEP_BYTES_OVER_COPY * size / copies[shape.dtype] / 1e6  # ms
+        reached, what = times["per_step"], "per_step, step in ms"
+        found.append(Verdict(what, x, reached, allowed, reached <= allowed, " ms", "step", "per_step"))
     return found
 
 

@@ -129,7 +129,10 @@ def test_the_report_writes_the_table_and_both_plots(reported):
     assert report.main(arguments) == 0
     text = readme.read_text()
     assert "| fp32 8 x 768 x 768 | 2 ms | 4.00x | 2.00x | 1.50x | 1.25x |" in text
-    assert "Of the bandwidth of a copy (40 GB/s, read and written): `materialize` 85 % (fp32), 85 % (bf16)." in text
+    flat = " ".join(text.split())
+    assert "Of the bandwidth of a copy that took turns with each: `materialize` 85 % (fp32), 85 % (bf16)." in flat
+    assert "The copy, reads and writes counted, moved 40 GB/s" in flat
+    assert " targets are met." in flat
     assert "](bench/cpu_ratios.png)" in text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -161,3 +164,25 @@ def test_the_readmes_table_is_what_the_results_give():
         assert readme_table.between((ROOT / "README.md").read_text()) == ""
         return
     assert report.main(["--check"]) == 0
+
+
+def test_the_table_names_what_misses_its_target_and_how_far_the_choice_is_off():
+    rows = figures(0.9, 1.0, 0.8, "fp32 8 x 768 x 768") + figures(1.2, 1.0, 1.3, "fp32 16 x 768 x 768")
+    rows.append({**row("auto", "in_kernel", "fp32 16 x 768 x 768", 0, "over best"), "value": 1.08})
+    text = " ".join(readme_table.table_of(rows, "plot.png").split())
+    assert "2 of 4 targets are met." in text
+    assert "Missed: per_forward / compile, forward + backward: 1.20x of 1.00x (fp32 16 x 768 x 768)." in text
+    assert "in_kernel / per_forward, forward + backward: 1.08x of 1.00x (fp32 16 x 768 x 768)." in text
+    assert "takes 1.00x to 1.08x (fp32 16 x 768 x 768) of the faster" in text
+
+
+def test_per_step_is_held_to_dense_and_to_the_bytes_of_its_kernel():
+    x = "fp32 128 x 4096 x 4096"
+    rows = [{**row("fwd_bwd", name, x, 0), "value": value} for name, value in (("dense", 80.0), ("per_step", 81.0))]
+    rows += [{**row("step", name, x, 0), "value": value} for name, value in (("compile", 130.0), ("per_step", 98.0))]
+    rows.append({**row("bandwidth", "torch", "fp32 4096 x 4096", 0, "rate", kernel="copy"), "value": 40.0})
+    found = {one.what: (one.reached, one.bound, one.met) for one in verdict.verdicts(rows)}
+    assert found["per_step / dense, forward + backward"] == (pytest.approx(1.0125), 1.02, True)
+    assert found["per_step / compile, step"] == (pytest.approx(98 / 130), 0.75, False)
+    # 16,777,216 weights of 36 bytes at 40 GB/s are 15.1 ms
+    assert found["per_step, step in ms"] == (98.0, pytest.approx(80 + 1.25 * 15.099, rel=1e-4), True)

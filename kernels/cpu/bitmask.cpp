@@ -60,8 +60,9 @@ template <typename Bits>
 void select_bits(const void* weight, int64_t weight_stride, const uint32_t* __restrict kept, int64_t n, void* out,
                  int64_t out_stride) {
   using Storage = typename Bits::Storage;
-  const auto* __restrict w = static_cast<const Storage*>(weight);
-  auto* __restrict o = static_cast<Storage*>(out);
+  // Not `auto`: it would lose the attribute, too.
+  const Storage* __restrict w = static_cast<const Storage*>(weight);
+  Storage* __restrict o = static_cast<Storage*>(out);
   if (weight_stride == 1 && out_stride == 1) {
     for (int64_t i = 0; i < n; ++i) o[i] = static_cast<Storage>(w[i] & kept[i]);
   } else {
