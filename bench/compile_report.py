@@ -15,9 +15,10 @@ wide / all, tma
     Instructions that access global memory, those of 16 bytes or more per thread among them, and bulk copies. Bound for
     kernels without a ``tl.dot``, at aligned sizes: every tensor of the largest size is accessed 16 bytes at a time.
 bytes, instr (per element; kernels without a ``tl.dot``)
-    An element is an entry of the largest tensor. Bytes: every entry of a tensor that the kernel reads or writes, once
-    for each of the two; what is broadcast counts once. Instructions: those in the machine code, every one taken as
-    executed once by each thread, so that a loop counts as one pass.
+    An element is an entry of the largest tensor, or of the largest in each row of a table of addresses. Bytes: every
+    entry of a tensor that the kernel reads or writes, once for each of the two; what is broadcast counts once.
+    Instructions: those in the machine code, every one taken as executed once by each thread, so that a loop counts as
+    one pass.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -154,18 +156,20 @@ def measure(target: str, case: str, launch: Launch, compiled: Compiled, limit: i
             row.broken.append("no matrix instructions")
         return row
     tensors = accesses_of(launch, compiled.ir)
-    elements = max(map(_entries, tensors))
+    rows = launch.behind or (tensors,)
+    elements = sum(max(map(_entries, found)) for found in rows)
     threads = launch.num_warps * (32 if backend == "cuda" else 64) * prod(launch.grid)
-    row.bytes_per_element = sum(_entries(t) * t.element_size() for t in tensors) / elements
+    moved = itertools.chain(tensors, *launch.behind)
+    row.bytes_per_element = sum(_entries(t) * t.element_size() for t in moved) / elements
     row.instructions_per_element = compiled.count(INSTRUCTION) * threads / elements
-    large = [t for t in tensors if _entries(t) == elements]
+    large = [t for found in rows for t in found if _entries(t) == max(map(_entries, found))]
     if row.tma or not all(map(_aligned, large)):
         return row
     if re.search(r"\bscf\.(?:for|while)\b", compiled.ir):  # how often it runs is not in the code: one for each tensor
         enough = len(wide) >= len(large)
     else:
-        moved = sum(32 if ".256" in access else 16 for access in wide) * threads
-        enough = moved >= sum(elements * t.element_size() for t in large)
+        widely = sum(32 if ".256" in access else 16 for access in wide) * threads
+        enough = widely >= sum(_entries(t) * t.element_size() for t in large)
     if not enough:
         row.broken.append(f"{len(large)} large tensors, but only {row.wide} of {row.accesses} accesses have 16 bytes")
     return row
@@ -209,7 +213,8 @@ def report(names: Sequence[str], pattern: str = "", workers: int | None = None) 
 def _identity(target: str, index: int) -> str:
     """All that a row depends on but its name: the kernel, how it is specialised, and how large its tensors are."""
     launch = _cases(target)[index][1]
-    arguments = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in _tensors(launch).values()]
+    tensors = [*_tensors(launch).values(), *itertools.chain(*launch.behind)]
+    arguments = [(t.shape, t.stride(), t.dtype, t.storage_offset()) for t in tensors]
     specialised = signature(launch, targets()[target].backend)
     return repr((target, launch.kernel.fn.__qualname__, launch.grid, specialised, launch.options(), arguments))
 

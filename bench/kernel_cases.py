@@ -10,6 +10,8 @@ import torch
 from csmask_kernels import (
     bitmask,
     logits_grad,
+    mask_step,
+    mask_step_table,
     masked_conv,
     masked_conv_dlogits,
     masked_linear,
@@ -281,9 +283,63 @@ def masked_conv_dlogits_cases(target: Target) -> Iterator[Case]:
                        image(256, 256, 3, 3))  # fmt: skip
 
 
+def mask_step_cases(target: Target) -> Iterator[Case]:
+    """Both optimizers and the norms for each dtype; all of a gradient and parts of it; odd sizes, many layers."""
+    fp32 = torch.float32
+    bf16, scalar = torch.bfloat16, empty(dtype=fp32)
+    adamw = {"taken1": 0.1, "log_beta1": -0.1, "beta2": 0.999, "taken2": 1e-3, "log_beta2": -1e-3, "eps": 1e-8,
+             "weight_decay": 0.01}  # fmt: skip
+    sgd = {"momentum": 0.9, "taken": 1.0, "weight_decay": 0.01}
+
+    def layers(
+        w: torch.dtype = bf16, wm: torch.dtype | None = None, dwm: torch.dtype | None = None, grad: bool = False,
+        dl0: bool = True, size: tuple[int, int] = (4096, 4096), count: int = 1,
+    ) -> dict[str, list[Any]]:  # fmt: skip
+        states = ("logits", "first", "second")
+        columns: dict[str, Any] = {
+            **{name: empty(*size, dtype=fp32) for name in states}, "weight": empty(*size, dtype=w),
+            "masked_weight": empty(*size, dtype=wm or w), "dmasked_weight": empty(*size, dtype=dwm or w),
+            "grad": empty(*size, dtype=fp32) if grad else None, "dl0": scalar if dl0 else None,
+            "temperature": TEMPERATURE, "step": scalar, "scale": 1.0,
+        }  # fmt: skip
+        return {name: [value] * count for name, value in columns.items()}
+
+    def step(name: str, columns: dict[str, list[Any]], momentum: bool = True, lr: Any = scalar) -> Iterator[Case]:
+        factor = None if momentum else scalar
+        plan = mask_step.plan_step
+        yield f"mask_adamw_ {name}", plan(mask_step._adamw_kernel, columns, factor, lr, False, adamw, {}, target)[0][0]
+        del columns["second"]
+        if not momentum:
+            del columns["first"]
+        constants = {"HAS_MOMENTUM": momentum, "NESTEROV": momentum}
+        launches = plan(mask_step._sgd_kernel, columns, factor, lr, False, sgd, constants, target)[0]
+        yield f"mask_sgd_ {name}", launches[0]
+
+    def norms(name: str, columns: dict[str, list[Any]]) -> Iterator[Case]:
+        for unread in ("first", "second", "masked_weight", "step"):
+            del columns[unread]
+        step, reduction = mask_step.plan_norms(columns, target)[0]
+        yield f"mask_grad_norms {name}", step
+        if "odd" in name:  # their partials begin anywhere
+            yield f"mask_grad_norms {name} reduced", reduction
+
+    for dtype in (bf16, torch.float16, fp32):
+        yield from step(f"{dtype}", layers(dtype))
+        yield from norms(f"{dtype}", layers(dtype))
+    yield from step("accumulated", layers(dwm=fp32, grad=True), lr=0.01)
+    yield from step("without momentum, clipped", layers(), momentum=False)
+    yield from step("fp32 under autocast", layers(fp32, bf16, bf16, dl0=False))
+    yield from step("odd", layers(size=(4095, 4097)))
+    yield from step("many layers", layers(size=(1024, 1024), count=mask_step_table.MAX_LAYERS))
+    odd = layers(size=(999, 1001), count=5)
+    launches = mask_step.plan_step(mask_step._adamw_kernel, odd, None, 0.01, False, adamw, {}, target)[0]
+    yield "mask_adamw_ odd reduced", launches[1]
+    yield from norms("odd", odd)
+
+
 FAMILIES = (
     materialize_cases, logits_grad_cases, masked_linear_cases, masked_linear_dlogits_cases, scale_neurons_cases,
-    bitmask_cases, philox_cases, masked_conv_cases, masked_conv_dlogits_cases)  # fmt: skip
+    bitmask_cases, philox_cases, masked_conv_cases, masked_conv_dlogits_cases, mask_step_cases)  # fmt: skip
 
 
 def cases(target: Target) -> Iterator[Case]:

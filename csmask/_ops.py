@@ -104,16 +104,16 @@ SCHEMAS: dict[str, tuple[str, str | None]] = {
         "(Tensor dout, Tensor weight, Tensor bits, float scale, bool transposed) -> Tensor",
         "masked_linear",
     ),
-    "mask_grad_norms": (f"(Tensor[] mask_logits, {_WAITING}, float[] scales) -> Tensor", None),
+    "mask_grad_norms": (f"(Tensor[] mask_logits, {_WAITING}, float[] scales) -> Tensor", "mask_step"),
     "mask_adamw_": (
         f"(Tensor(a!)[] mask_logits, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, {_STEP}, float beta1,"
         " float beta2, float eps, float weight_decay, bool maximize) -> (Tensor, Tensor)",
-        None,
+        "mask_step",
     ),
     "mask_sgd_": (
         f"(Tensor(a!)[] mask_logits, Tensor(b!)[] momentums, {_STEP}, float momentum, float dampening,"
         " float weight_decay, bool nesterov, bool maximize) -> (Tensor, Tensor)",
-        None,
+        "mask_step",
     ),
     "philox_": (
         "(Tensor(a!) out, str kind, int seed_lo, int seed_hi, int stream, int purpose, float scale) -> ()",

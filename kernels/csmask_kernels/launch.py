@@ -33,7 +33,8 @@ class Launch:
     """One kernel launch: ``kernel[grid](**arguments, **constants)`` with its options.
 
     ``arguments`` are what the kernel takes at run time (tensors, tensor descriptors, ints, floats, None), ``constants``
-    its ``tl.constexpr`` parameters.
+    its ``tl.constexpr`` parameters. ``behind`` are the tensors that it reaches through a table of addresses, kept
+    until it has run: for each row of the table, every tensor once for each access.
     """
 
     kernel: Any
@@ -42,6 +43,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
+    behind: tuple[tuple[Tensor, ...], ...] = ()
 
     def options(self) -> dict[str, Any]:
         # Triton 3.10 turns fusion of products and sums off by default; results should not depend on the release.

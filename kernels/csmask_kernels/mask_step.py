@@ -1,0 +1,367 @@
+"""``mask_step``: an optimizer's step on the mask logits of many layers at once, from the gradients of their masked
+weights to their next masked weights.
+
+    dS = (grad + (dWm * W + dl0) * scale * T * m * (1 - m)) * factor
+    S, states = update(S, states, dS);  Wm = round(W * scale * sigmoid(T * S));  l0 = sum of that mask
+
+Layers differ in size and in where they lie, so a launch reads a table: one row for each layer with its addresses, its
+size and the first of its programs. Numbers that change from step to step (temperature, learning rate, step, factor) are
+read from the device: a step waits for nothing, and a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import ElementwiseConfig, Launch, Target, run, target_of
+from .mask import UNDECIDED_BOUND, load_temperature, soft_mask, soft_mask_derivative
+from .mask_step_table import Group, plan_groups
+
+Tensors = Sequence[Tensor]
+Optionals = Sequence[Tensor | None]
+REDUCE_BLOCK = 1024
+
+# Columns of ``mask_step_table.COLUMNS``.
+START, SIZE, INDEX, SCALE, TEMPERATURE, DL0, STEP = (tl.constexpr(i) for i in range(7))
+LOGITS, WEIGHT, DMASKED_WEIGHT, GRAD, MASKED_WEIGHT, FIRST, SECOND = (tl.constexpr(i) for i in range(7, 14))
+
+
+@triton.jit
+def _address(table_ptr, row, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr):
+    """A pointer out of the table."""
+    return tl.load(table_ptr + COLUMN * ROWS + row).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def _place(table_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row of the table, its entries of that layer, and which of them are there.
+
+    Without programs a layer begins where the next one does: of rows that begin alike, the last is meant.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    starts = tl.load(table_ptr + tl.arange(0, ROWS))
+    row = tl.sum((starts <= pid).to(tl.int32)) - 1
+    size = tl.load(table_ptr + SIZE * ROWS + row)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    offs = (pid - tl.load(table_ptr + row)) * BLOCK + tl.arange(0, BLOCK)
+    return row, offs, offs < size
+
+
+@triton.jit
+def _entries(
+    table_ptr, row, offs, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    """Pointers to this program's entries of one of the layer's tensors."""
+    pointers = _address(table_ptr, row, COLUMN, ROWS, TYPE) + offs
+    if ALIGNED:  # said of the sum: Triton 3.6 forgets what is said of the address
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers
+
+
+@triton.jit
+def _read(
+    table_ptr, row, offs, inside, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+):  # fmt: skip
+    return tl.load(_entries(table_ptr, row, offs, COLUMN, ROWS, TYPE, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(
+    table_ptr, row, offs, inside, values,
+    COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    tl.store(_entries(table_ptr, row, offs, COLUMN, ROWS, TYPE, ALIGNED), values.to(TYPE), mask=inside)
+
+
+@triton.jit
+def _temperature_and_scale(table_ptr, row, ROWS: tl.constexpr):
+    temperature = load_temperature(_address(table_ptr, row, TEMPERATURE, ROWS, tl.float32))
+    scale = tl.load(table_ptr + SCALE * ROWS + row).to(tl.int32).to(tl.float32, bitcast=True)
+    return temperature, scale
+
+
+@triton.jit
+def _gradient(
+    table_ptr, row, offs, inside, s, w, temperature, scale, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
+    S_TYPE: tl.constexpr, DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr,
+):  # fmt: skip
+    """``grad + (dWm * W + dl0) * scale * T * m * (1 - m)``; what is None is 0. Without ``dWm``, ``w`` is not read."""
+    dmask = tl.zeros_like(s)
+    if DWM_TYPE is not None:
+        dmask = _read(table_ptr, row, offs, inside, DMASKED_WEIGHT, ROWS, DWM_TYPE, ALIGNED) * w
+    if HAS_DL0:
+        dmask += tl.load(_address(table_ptr, row, DL0, ROWS, tl.float32))
+    if DWM_TYPE is not None or HAS_DL0:
+        dmask = dmask * soft_mask_derivative(s, temperature) * scale
+    if HAS_GRAD:
+        dmask += _read(table_ptr, row, offs, inside, GRAD, ROWS, S_TYPE, ALIGNED)
+    return dmask
+
+
+@triton.jit
+def _finish(
+    table_ptr, row, offs, inside, s, w, temperature, scale, l0_ptr, kept_ptr, undecided_ptr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Write the new logits, their masked weight, and this program's sums to its slots of the partials."""
+    _write(table_ptr, row, offs, inside, s, LOGITS, ROWS, S_TYPE, ALIGNED)
+    s = s.to(S_TYPE).to(tl.float32)  # as the next one to read them will see them
+    mask = soft_mask(s, temperature) * scale
+    _write(table_ptr, row, offs, inside, w * mask, MASKED_WEIGHT, ROWS, WM_TYPE, ALIGNED)
+    pid = tl.program_id(0)
+    tl.store(l0_ptr + pid, tl.sum(tl.where(inside, mask, 0.0)))
+    tl.store(kept_ptr + pid, tl.sum((inside & (s > 0)).to(tl.int32)))
+    undecided = inside & (tl.abs(s * temperature) < UNDECIDED_BOUND)
+    tl.store(undecided_ptr + pid, tl.sum(undecided.to(tl.int32)))
+
+
+@triton.jit
+def _number(pointer, number):
+    """What lies on the device where there is a pointer; else the number."""
+    if pointer is not None:
+        number = tl.load(pointer).to(tl.float32)
+    return number
+
+
+@triton.jit
+def _one_minus_power(log_beta, step):
+    """``1 - beta**step`` to full relative precision: by its series where the power is near 1."""
+    x = log_beta * step
+    series = 1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7)))))
+    return tl.where(x > -0.3, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _adamw_kernel(
+    table_ptr, factor_ptr, lr_ptr, l0_ptr, kept_ptr, undecided_ptr, factor, lr, sign, taken1, log_beta1, beta2, taken2,
+    log_beta2, eps, weight_decay,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
+    DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """AdamW with ``taken = 1 - beta``; bytes per weight: 24 for the logits and states, W, dWm and Wm once each."""
+    row, offs, inside = _place(table_ptr, ROWS, ALIGNED, BLOCK)
+    temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
+    rate = _number(lr_ptr, lr)
+    step = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32))
+    step_size = rate / _one_minus_power(log_beta1, step)
+    correction = 1.0 / tl.sqrt(_one_minus_power(log_beta2, step))
+
+    s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
+    w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)
+    first = _read(table_ptr, row, offs, inside, FIRST, ROWS, S_TYPE, ALIGNED)
+    second = _read(table_ptr, row, offs, inside, SECOND, ROWS, S_TYPE, ALIGNED)
+    g = _gradient(
+        table_ptr, row, offs, inside, s, w, temperature, scale, ROWS, ALIGNED, S_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
+    )
+    g = g * (_number(factor_ptr, factor) * sign)
+    first += taken1 * (g - first)
+    second = beta2 * second + taken2 * g * g
+    s = s * (1.0 - rate * weight_decay) - step_size * first / (tl.sqrt(second) * correction + eps)
+    _write(table_ptr, row, offs, inside, first, FIRST, ROWS, S_TYPE, ALIGNED)
+    _write(table_ptr, row, offs, inside, second, SECOND, ROWS, S_TYPE, ALIGNED)
+    _finish(
+        table_ptr, row, offs, inside, s, w, temperature, scale, l0_ptr, kept_ptr, undecided_ptr, ROWS, ALIGNED,
+        S_TYPE, WM_TYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sgd_kernel(
+    table_ptr, factor_ptr, lr_ptr, l0_ptr, kept_ptr, undecided_ptr, factor, lr, sign, momentum, taken, weight_decay,
+    HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
+    DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """SGD with ``taken = 1 - dampening``; bytes per weight: 8 for the logits, 8 for a momentum, W, dWm and Wm once."""
+    row, offs, inside = _place(table_ptr, ROWS, ALIGNED, BLOCK)
+    temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
+    s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
+    w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)
+    g = _gradient(
+        table_ptr, row, offs, inside, s, w, temperature, scale, ROWS, ALIGNED, S_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
+    )
+    g = g * (_number(factor_ptr, factor) * sign) + weight_decay * s
+    if HAS_MOMENTUM:
+        first = _read(table_ptr, row, offs, inside, FIRST, ROWS, S_TYPE, ALIGNED)
+        # The first step takes the gradient itself, undampened.
+        is_first = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32)) <= 1.0
+        first = tl.where(is_first, g, momentum * first + taken * g)
+        _write(table_ptr, row, offs, inside, first, FIRST, ROWS, S_TYPE, ALIGNED)
+        g = g + momentum * first if NESTEROV else first
+    s = s - _number(lr_ptr, lr) * g
+    _finish(
+        table_ptr, row, offs, inside, s, w, temperature, scale, l0_ptr, kept_ptr, undecided_ptr, ROWS, ALIGNED,
+        S_TYPE, WM_TYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _squares_kernel(
+    table_ptr, sum_ptr,
+    ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
+    DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of this program's squared gradients; reads the logits, W and dWm once each."""
+    row, offs, inside = _place(table_ptr, ROWS, ALIGNED, BLOCK)
+    temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
+    s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
+    w = tl.zeros_like(s)
+    if DWM_TYPE is not None:
+        w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)
+    g = _gradient(
+        table_ptr, row, offs, inside, s, w, temperature, scale, ROWS, ALIGNED, S_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
+    )
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.where(inside, g * g, 0.0)))
+
+
+@triton.jit
+def _reduce_kernel(
+    table_ptr, sum_ptr, kept_ptr, undecided_ptr, sums_ptr, counts_ptr,
+    NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program for each layer adds up what its programs left, in a fixed order; NORM: the root, and no counts."""
+    row = tl.program_id(0)
+    first, last = tl.load(table_ptr + row), tl.load(table_ptr + row + 1)
+    index = tl.load(table_ptr + INDEX * ROWS + row)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    kept = tl.zeros((BLOCK,), dtype=tl.int64)
+    undecided = tl.zeros((BLOCK,), dtype=tl.int64)
+    for start in range(first, last, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        total += tl.load(sum_ptr + offs, mask=offs < last, other=0.0)
+        if not NORM:
+            kept += tl.load(kept_ptr + offs, mask=offs < last, other=0)
+            undecided += tl.load(undecided_ptr + offs, mask=offs < last, other=0)
+    found = tl.sum(total)
+    if NORM:
+        tl.store(sums_ptr + index, tl.sqrt(found))
+    else:
+        tl.store(sums_ptr + index, found)
+        tl.store(counts_ptr + 2 * index, tl.sum(kept))
+        tl.store(counts_ptr + 2 * index + 1, tl.sum(undecided))
+
+
+# Launchers
+
+
+def _number_or_tensor(value: Tensor | float | None, device: torch.device) -> tuple[Tensor | None, float]:
+    """What lies on the device is read there; a number of the host is passed as such."""
+    if isinstance(value, Tensor):
+        return (value, 1.0) if value.device == device else (None, float(value.item()))
+    return None, 1.0 if value is None else float(value)
+
+
+def plan_step(
+    kernel: Any, columns: dict[str, Sequence[Any]], factor: Tensor | None, lr: Tensor | float, maximize: bool,
+    settings: dict[str, float], constants: dict[str, Any], target: Target, config: ElementwiseConfig | None = None,
+) -> tuple[list[Launch], Tensor, Tensor]:  # fmt: skip
+    """The launches of a step, and its results: l0 ``(layers,)`` fp32, kept and undecided ``(layers, 2)`` int64."""
+    device, count = columns["logits"][0].device, len(columns["logits"])
+    l0s = torch.empty(count, dtype=torch.float32, device=device)
+    counts = torch.empty((count, 2), dtype=torch.int64, device=device)
+    lr_ptr, lr_number = _number_or_tensor(lr, device)
+    factor_ptr, factor_number = _number_or_tensor(factor, device)
+    shared = {"factor_ptr": factor_ptr, "lr_ptr": lr_ptr, "factor": factor_number, "lr": lr_number,
+              "sign": -1.0 if maximize else 1.0, **settings}  # fmt: skip
+    launches = []
+    for group in plan_groups(columns, target, config):
+        l0 = torch.empty(group.programs, dtype=torch.float32, device=device)
+        counted = torch.empty((2, group.programs), dtype=torch.int32, device=device)
+        partials = {"kept_ptr": counted[0], "undecided_ptr": counted[1]}
+        arguments = {"table_ptr": group.table, "l0_ptr": l0, **partials, **shared}
+        launches.append(_launch(group, kernel, arguments, constants, True))
+        launches.append(_reduce(group, {"sum_ptr": l0, **partials, "sums_ptr": l0s, "counts_ptr": counts}, False))
+    return launches, l0s, counts
+
+
+def _launch(group: Group, kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], writes: bool) -> Launch:
+    constants = {**group.constants, **constants}
+    behind = tuple(r + w for r, w in zip(group.read, group.written, strict=True)) if writes else group.read
+    return Launch(kernel, (group.programs,), arguments, constants, group.config.num_warps, behind=behind)
+
+
+def _reduce(group: Group, arguments: dict[str, Any], norm: bool) -> Launch:
+    constants = {"NORM": norm, "ROWS": group.constants["ROWS"], "BLOCK": REDUCE_BLOCK}
+    return Launch(_reduce_kernel, (group.layers,), {"table_ptr": group.table, **arguments}, constants, 4)
+
+
+def plan_norms(
+    columns: dict[str, Sequence[Any]], target: Target, config: ElementwiseConfig | None = None
+) -> tuple[list[Launch], Tensor]:
+    """The launches, and the norms ``(layers,)`` fp32 that they write."""
+    device = columns["logits"][0].device
+    norms = torch.empty(len(columns["logits"]), dtype=torch.float32, device=device)
+    launches = []
+    for group in plan_groups(columns, target, config):
+        sums = torch.empty(group.programs, dtype=torch.float32, device=device)
+        launches.append(_launch(group, _squares_kernel, {"table_ptr": group.table, "sum_ptr": sums}, {}, False))
+        arguments = {"sum_ptr": sums, "kept_ptr": None, "undecided_ptr": None, "sums_ptr": norms, "counts_ptr": None}
+        launches.append(_reduce(group, arguments, True))
+    return launches, norms
+
+
+def _waiting(
+    mask_logits: Tensors, dmasked_weights: Optionals, weights: Tensors, grads: Optionals, temperatures: Tensors,
+    dl0s: Optionals, scales: Sequence[float], **more: Sequence[Any],
+) -> dict[str, Sequence[Any]]:  # fmt: skip
+    return {"logits": mask_logits, "dmasked_weight": dmasked_weights, "weight": weights, "grad": grads,
+            "temperature": temperatures, "dl0": dl0s, "scale": scales, **more}  # fmt: skip
+
+
+def mask_grad_norms(
+    mask_logits: Tensors, dmasked_weights: Optionals, weights: Tensors, grads: Optionals, temperatures: Tensors,
+    dl0s: Optionals, scales: Sequence[float], config: ElementwiseConfig | None = None,
+) -> Tensor:  # fmt: skip
+    """The norm of each layer's gradient of the logits: ``(layers,)`` fp32."""
+    columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales)
+    launches, norms = plan_norms(columns, target_of(mask_logits[0]), config)
+    run(norms.device, *launches)
+    return norms
+
+
+def mask_adamw_(
+    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, masked_weights: Tensors, dmasked_weights: Optionals,
+    weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float],
+    steps: Tensors, factor: Tensor | None, lr: Tensor | float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, maximize: bool, config: ElementwiseConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """An AdamW step (arXiv 1711.05101) of all layers, in place; see ``plan_step`` for the results."""
+    columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales,
+                       masked_weight=masked_weights, first=exp_avgs, second=exp_avg_sqs, step=steps)  # fmt: skip
+    settings = {"taken1": 1 - beta1, "log_beta1": _log(beta1), "beta2": beta2, "taken2": 1 - beta2,
+                "log_beta2": _log(beta2), "eps": eps, "weight_decay": weight_decay}  # fmt: skip
+    target = target_of(mask_logits[0])
+    launches, l0s, counts = plan_step(_adamw_kernel, columns, factor, lr, maximize, settings, {}, target, config)
+    run(l0s.device, *launches)
+    return l0s, counts
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf
+
+
+def mask_sgd_(
+    mask_logits: Tensors, momentums: Tensors, masked_weights: Tensors, dmasked_weights: Optionals, weights: Tensors,
+    grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float], steps: Tensors,
+    factor: Tensor | None, lr: Tensor | float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+    maximize: bool, config: ElementwiseConfig | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """An SGD step of all layers, in place; see ``plan_step`` for the results."""
+    columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales,
+                       masked_weight=masked_weights, step=steps)  # fmt: skip
+    if momentum:
+        columns["first"] = momentums
+    settings = {"momentum": momentum, "taken": 1 - dampening, "weight_decay": weight_decay}
+    constants = {"HAS_MOMENTUM": bool(momentum), "NESTEROV": nesterov}
+    target = target_of(mask_logits[0])
+    launches, l0s, counts = plan_step(_sgd_kernel, columns, factor, lr, maximize, settings, constants, target, config)
+    run(l0s.device, *launches)
+    return l0s, counts
