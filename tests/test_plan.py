@@ -202,6 +202,7 @@ def test_baselines_are_as_the_benchmark_measured_them(provider, way, dtype, item
     """Two micro-batches per step."""
     with (BENCH / "results" / "cpu.csv").open() as file:
         rows = [r for r in csv.DictReader(file) if r["mode"] == "memory" and r["metric"] == "peak with AdamW"]
+    rows = [r for r in rows if r["time"] == max(other["time"] for other in rows)]  # of the last run
     planned = plan.WAYS[way](itemsize, True)
     for count in (1, 4):
         x = f"{dtype} 16 x 4096 x 4096, {count} layer{'s' if count > 1 else ''}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..checkpoint import write_atomically
 from ..circuit import CircuitModel
+from ..optim import MaskAdamW
 from ..schedule import TemperatureSchedule
 from .task import EncodedItem, Head, collate, word_states
 
@@ -102,9 +103,12 @@ class MaskTraining:
         lengths = [len(item.ids) for item in items]
         self.batches = batch_order(lengths, settings.batch_size, settings.steps, generator)
         self.device = circuit.mask_parameters()[0].device
-        self.optimizer = torch.optim.Adam(
-            circuit.mask_parameters(), lr=settings.learning_rate, fused=self.device.type in ("cpu", "cuda")
-        )
+        self.optimizer: torch.optim.Optimizer
+        if settings.execution in ("auto", "per_step"):
+            self.optimizer = MaskAdamW(circuit.mask_parameters(), lr=settings.learning_rate)
+        else:
+            fused = self.device.type in ("cpu", "cuda")
+            self.optimizer = torch.optim.Adam(circuit.mask_parameters(), lr=settings.learning_rate, fused=fused)
         self.schedule = TemperatureSchedule(circuit, settings.steps, settings.max_temperature)
         self.history: list[dict[str, float]] = []
 
