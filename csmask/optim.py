@@ -63,6 +63,8 @@ class _MaskOptimizer(Optimizer):
         for group in self.param_groups:
             leaves = [layer.wait_for_step() for layer in layers_of(group["params"]) if layer.can_wait]
             self._groups += [LeafGroup(those, self) for those in _by_device(leaves)]
+        for leaf in self.leaves:
+            leaf.refresh()  # made here, a compiled forward finds it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}

@@ -10,7 +10,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 from csmask import CircuitConfig, CircuitModel, MaskAdamW, MaskSGD
@@ -532,3 +534,59 @@ def test_per_step_without_its_optimizer_is_auto(expected):
     circuit = small("per_step")
     loss_of(circuit).backward()
     assert_close(gradients(circuit), expected)
+
+
+# torch.compile, autocast, checkpointing
+
+
+def test_a_compiled_circuit_is_one_graph_and_is_not_compiled_again_by_annealing():
+    torch.compiler.reset()
+    (got, mine), (want, theirs) = pair(*ADAMW)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(got, backend=counter, fullgraph=True)
+    losses, expected = [], []
+    for circuit, call, optimizer, into in ((got, compiled, mine, losses), (want, want, theirs, expected)):
+        for step in range(12):
+            circuit.temperature = 20 ** (step / 11)
+            optimizer.zero_grad()
+            for x, y in batches(step, 2):
+                loss = call(x, y)["loss"] / 2
+                loss.backward()
+                into.append(float(loss.detach()))
+            optimizer.step()
+    assert_same_training(got, want, losses, expected)
+    assert counter.frame_count == 1
+
+
+def test_autocast_makes_the_masked_weight_in_its_dtype():
+    got, want = circuit_of(), circuit_of("per_forward")
+    optimizers = ADAMW[0](got.mask_parameters()), ADAMW[1](want.mask_parameters())
+    losses = []
+    for circuit, optimizer in zip((got, want), optimizers, strict=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(train(circuit, optimizer, 10))
+    assert got.masked_layers["flat"].leaf.value.dtype == torch.bfloat16
+    assert_same_training(got, want, *losses, 1e-3)
+    # And back: what waits in one dtype is not lost when the next forward has another.
+    ((x, y),) = batches(0, 1)
+    for circuit, optimizer in zip((got, want), optimizers, strict=True):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            circuit(x, y)["loss"].backward()
+        circuit(x, y)["loss"].backward()
+    for a, b in zip(got.mask_parameters(), want.mask_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_forward_that_is_repeated_in_backward_finds_the_same_masked_weight(use_reentrant):
+    (got, mine), (want, theirs) = pair(*ADAMW)
+    for circuit in (got, want):
+        inner = circuit.wrapped_model.twice
+
+        def repeated(x, inner=inner):
+            return torch.utils.checkpoint.checkpoint(inner.forward_once, x, use_reentrant=use_reentrant)
+
+        inner.forward_once = inner.forward
+        inner.forward = repeated
+    assert_same_training(got, want, train(got, mine, 10), train(want, theirs, 10))
