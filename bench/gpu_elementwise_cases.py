@@ -10,6 +10,7 @@ from csmask_kernels.launch import ElementwiseConfig
 from gpu_cases import LINEAR_SIZES, Draw, conv_cases, linear_cases, shipped_rows
 from gpu_checks import Check
 from gpu_results import Context
+from gpu_step_cases import step_cases
 from torch import Tensor
 
 from csmask import functional, philox, reference
@@ -311,5 +312,8 @@ CASES: dict[str, Callable[..., Iterator[Check]]] = {
     "masked_conv_dlogits": conv_cases,
     "masked_conv_dlogits_": conv_cases,
     "philox_": philox_cases,
+    "mask_adamw_": step_cases,
+    "mask_sgd_": step_cases,
+    "mask_grad_norms": step_cases,
     "functional.masked_linear": functional_cases,
 }

@@ -35,6 +35,32 @@ def random_logits(*shape: int, device: torch.device) -> Tensor:
     return logits.add_(torch.randn(shape, device=device).sign_().mul_(5.0))
 
 
+def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """As ``elementwise_calls``, of the optimizers' kernels on two layers of ``(n // 2, k)``; GPUs only."""
+    layers = range(2)
+
+    def tensors(like: torch.dtype) -> list[Tensor]:
+        return [torch.randn(n // 2, k, device=device).to(like) for _ in layers]
+
+    logits, states = [random_logits(n // 2, k, device=device) for _ in layers], [tensors(torch.float32) for _ in "ab"]
+    masked, dmasked, weights = (tensors(dtype) for _ in range(3))
+    t, dl0, step, lr = (torch.tensor(x, device=device) for x in (1.5, 1e-8, 3.0, 1e-3))
+    states[1] = [second.square() for second in states[1]]
+    waiting = (dmasked, weights, [None, None], [t, t], [dl0, dl0], [1.0, 1.0])
+    step_of = (masked, *waiting, [step, step], None, lr)
+    size, w = (n // 2) * 2 * k, weights[0].element_size()
+
+    def launcher(op: str, *arguments: Any) -> Callable[[], Callable[[], Any]]:
+        return lambda: functools.partial(triton_kernel(op), *arguments)
+
+    adamw, sgd = (0.9, 0.999, 1e-8, 0.0, False), (0.9, 0.0, 0.0, False, False)
+    return {
+        "mask_adamw_": (launcher("mask_adamw_", logits, *states, *step_of, *adamw), size * (3 * w + 24)),
+        "mask_sgd_": (launcher("mask_sgd_", logits, states[0], *step_of, *sgd), size * (3 * w + 16)),
+        "mask_grad_norms": (launcher("mask_grad_norms", logits, *waiting), size * (2 * w + 4)),
+    }
+
+
 def elementwise_calls(
     n: int,
     k: int,

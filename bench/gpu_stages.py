@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import tune
 from csmask_kernels.launch import config_file_name, target_of
-from gpu_inputs import WEIGHTS, elementwise_calls, named, shapes
+from gpu_inputs import WEIGHTS, elementwise_calls, named, shapes, step_calls
 from gpu_results import Context
 from gpu_timing import Failure
 from torch import Tensor
@@ -69,7 +69,8 @@ def elementwise(context: Context) -> None:
     n, k = (32, 64) if context.toy else WEIGHTS[1]
     copied = torch.randn((1 << 14) if context.toy else (1 << 29), device=device, dtype=dtype)
     copy_target = torch.empty_like(copied)
-    for kernel, (calls, size) in elementwise_calls(n, k, dtype, device).items():
+    kernels = {**elementwise_calls(n, k, dtype, device), **step_calls(n, k, dtype, device)}
+    for kernel, (calls, size) in kernels.items():
         if context.is_over(kernel):
             continue
         call = _launchable(context, kernel, calls)

@@ -141,6 +141,10 @@ def test_bytes_per_weight(newest):
         "logits_grad write torch.bfloat16": 12,  # dWm and W 2 each, S and dS 4 each
         "logits_grad add torch.bfloat16": 16,  # dS is read, too
         "mask_sums": 4,
+        "mask_adamw_ torch.bfloat16": 30,  # dWm, W and Wm 2 each, S and both states 8 each
+        "mask_adamw_ accumulated": 36,  # dWm and the gradient so far 4 each
+        "mask_sgd_ torch.bfloat16": 22,
+        "mask_grad_norms torch.bfloat16": 8,
     }
     for target in TARGETS["newest"]:
         found = {row.case: row.bytes_per_element for row in newest.rows[target] if row.case in expected}

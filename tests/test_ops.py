@@ -150,6 +150,9 @@ CPP_KERNELS = {
     "bitmask_linear": {"apply_bitmask"},
     "bitmask_linear_dx": {"apply_bitmask"},
     "philox_": {"philox_"},
+    "mask_grad_norms": {"mask_grad_norm"},
+    "mask_adamw_": {"mask_adamw"},
+    "mask_sgd_": {"mask_sgd"},
 }
 
 
@@ -179,17 +182,18 @@ def test_dtypes_without_a_kernel_run_in_plain_torch(monkeypatch, dtype, calls):
 
 @pytest.mark.parametrize("name", [name for name, (schema, _) in _ops.SCHEMAS.items() if "(a!)" in schema])
 def test_autograd_sees_what_an_op_writes_to(name):
-    written, *rest = _every_op()[name]
+    first, *rest = _every_op()[name]
+    written = first[0] if isinstance(first, list) else first
     x = torch.ones_like(written, requires_grad=True) if written.is_floating_point() else None
     out = None if x is None else x * written  # saved for backward
     before = written._version
-    getattr(ops, name)(written, *rest)
+    getattr(ops, name)(first, *rest)
     assert written._version > before
     if out is not None:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
     with torch.inference_mode():
-        getattr(ops, name)(written.clone(), *rest)
+        getattr(ops, name)([t.clone() for t in first] if isinstance(first, list) else first.clone(), *rest)
 
 
 def test_reason_when_the_kernels_cannot_be_loaded(monkeypatch):
@@ -230,6 +234,9 @@ def _every_op():
     cout = testing.seeded_normal((2, 4, 6, 3), 7)
     z, logits = testing.seeded_normal((2, 5, 3, 4), 8), testing.seeded_logits((5,), 9)
     bits = reference.pack_mask(s)
+    waiting = ([w * 3, cw], [w, cw], [s * 2, None], [t, t], [dl0, None], [1.5, 1.0])  # of two layers
+    state = [[u.square() for u in (w, cw)] for _ in range(4)]
+    step = ([torch.tensor(2.0)] * 2, torch.tensor(0.5), torch.tensor(0.1))
     return {
         "materialize": (w, s, t, False, 1.5, None, True),
         "materialize_": (torch.zeros_like(w), w, s, t, False, 1.5),
@@ -255,6 +262,9 @@ def _every_op():
         "bitmask_linear": (x, w, bits, bias, 1.5, False),
         "bitmask_linear_dx": (dout, w, bits, 1.5, False),
         "philox_": (torch.ones(5, 3), "uniform", 7, 9, 2, 1, 0.5),
+        "mask_grad_norms": ([s, cs], *waiting),
+        "mask_adamw_": ([s * 1, cs * 1], *state[:3], *waiting, *step, 0.9, 0.99, 1e-8, 0.1, False),
+        "mask_sgd_": ([s * 1, cs * 1], *state[:2], *waiting, *step, 0.9, 0.1, 0.1, False, True),
     }  # fmt: skip
 
 
@@ -274,11 +284,13 @@ def test_opcheck_of_the_gpu_kernels(name):
 
 
 def _outputs(name):
-    """What an op returns and, of one that writes to its first argument, that argument."""
+    """What an op returns, and what it writes to."""
     args = _every_op()[name]
     result = getattr(ops, name)(*args)
     results = [] if result is None else [*result] if isinstance(result, tuple) else [result]
-    return [*results, args[0].clone()] if name.endswith("_") else results
+    for written in args[: _ops.SCHEMAS[name][0].count("!)")]:
+        results += [t.clone() for t in (written if isinstance(written, list) else [written])]
+    return results
 
 
 def _assert_alike(got, want):
