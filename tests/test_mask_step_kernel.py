@@ -10,7 +10,7 @@ from csmask_kernels import mask_step as kernel
 from csmask_kernels import mask_step_table as tables
 from csmask_kernels.launch import INTERPRETER, ElementwiseConfig
 
-from csmask import testing
+from csmask import CircuitConfig, CircuitModel, MaskAdamW, MaskSGD, testing
 
 BLOCK = 64  # small, so that tiny tensors have several programs
 SMALL = ElementwiseConfig(block=BLOCK, num_warps=1)
@@ -339,6 +339,48 @@ def test_what_cannot_be_walked_is_refused():
     refused(NotImplementedError, "take weight in float32, float16 or bfloat16", weights=torch.ones(4, 6).double())
     meta = torch.ones(4, 6, device="meta")
     refused(ValueError, "expected weight on cpu, got meta", weights=meta)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(7, 12), torch.nn.Linear(12, 5)
+
+    def forward(self, x):
+        return {"loss": self.second(torch.tanh(self.first(x))).square().mean()}
+
+
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize(("mine", "theirs", "settings"), [
+    (MaskAdamW, torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    (MaskSGD, torch.optim.SGD, {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.0}),
+], ids=["adamw", "sgd"])  # fmt: skip
+def test_training_is_that_of_torch(mine, theirs, settings):
+    """The whole stack as on a GPU: clipping, two micro-batches, l0 and annealing."""
+    trained = []
+    for optimizer_class in (mine, theirs):
+        torch.manual_seed(0)
+        execution = "auto" if optimizer_class is mine else "reference"
+        config = CircuitConfig(target_layers="all", l0_lambda=1e-2, execution=execution)
+        circuit = CircuitModel(config, Net())
+        params = list(circuit.mask_parameters())
+        clips = {"max_grad_norm": 0.05} if optimizer_class is mine else {}
+        optimizer = optimizer_class(params, **settings, **clips)
+        for step in range(6):
+            circuit.temperature = 1.5**step
+            optimizer.zero_grad()
+            for batch in range(2):
+                circuit(testing.seeded_normal((4, 7), 10 * step + batch))["loss"].backward()
+            if not clips:
+                torch.nn.utils.clip_grad_norm_(params, 0.05)
+            optimizer.step()
+        trained.append([p.detach().clone() for p in params])
+        if clips:
+            assert all(layer.waits for layer in circuit.masked_layers.values())
+            kept = sum(int((p > 0).sum()) for p in params) / sum(p.numel() for p in params)
+            assert optimizer.telemetry()["kept_fraction"] == pytest.approx(kept)
+    for got, want in zip(*trained, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 # Tables

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Target, check_supported, get_config, like
+from .launch import ElementwiseConfig, Target, check_supported, get_config, is_interpreted, like
 
 # Eight entries per thread: 16 bytes of a 16-bit tensor. AMD's warps have 64 threads.
 DEFAULT_CONFIGS = {"cuda": ElementwiseConfig(2048, 8), "hip": ElementwiseConfig(2048, 4)}
@@ -123,6 +123,11 @@ def _upload(numbers: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.empty(len(numbers), dtype=torch.int64, device=device)
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64)
+    if is_interpreted():
+        raise NotImplementedError(
+            "Triton's interpreter reads host memory, and mask_step's tables hold addresses of the device: move the "
+            "model to the CPU, or unset TRITON_INTERPRET"
+        )
     if torch.cuda.is_current_stream_capturing():
         # A graph would read host memory again at each replay: these kernels have the numbers among their arguments.
         table = torch.zeros(len(numbers), dtype=torch.int64, device=device)
