@@ -201,6 +201,22 @@ def test_learning_rate_of_the_host_and_of_the_device():
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
     assert not torch.equal(found[0][0], Layers(step=2).logits[0])
+    device, elsewhere = torch.device("cpu"), torch.device("meta")
+    lr = scalar(0.25)
+    assert kernel._number_or_tensor(lr, device)[0] is lr
+    assert kernel._number_or_tensor(lr, elsewhere) == (None, 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_scalars_of_any_dtype_are_read_as_fp32(dtype):
+    found = []
+    for kind in (torch.float32, dtype):
+        layers = Layers(step=2)
+        for name in ("temperatures", "dl0s", "steps"):
+            setattr(layers, name, [t.to(kind) for t in getattr(layers, name)])
+        adamw(layers, check=False)
+        found.append(layers.logits)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_trajectory_is_that_of_torch():
