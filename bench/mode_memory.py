@@ -73,7 +73,7 @@ def _measure(context: Context, layers: Layers, name: str, make: Callable[[], Pro
     usage = measure(context.device, lambda: steps(provider, False))
     grads = sum(p.nbytes for p in provider.parameters)
     of_thread = _cpp_linear.drop_scratch()
-    kept, scratch = usage.resident - grads - of_thread, usage.peak - usage.resident + of_thread
+    kept, scratch = usage.resident - grads - of_thread + _made_before(provider), usage.peak - usage.resident + of_thread
 
     def add(metric: str, size: int, weights: int) -> None:
         context.results.add("masked_linear", name, "memory", metric, "bytes/weight", x, size / weights)
@@ -86,10 +86,16 @@ def _measure(context: Context, layers: Layers, name: str, make: Callable[[], Pro
     provider = make()  # one that keeps nothing yet
     _cpp_linear.drop_scratch()
     # Everything: W, the parameter, its gradient, AdamW's states, and the peak of a step. dense has no other weight.
-    held = sum(p.nbytes for p in provider.parameters)
+    held = sum(p.nbytes for p in provider.parameters) + _made_before(provider)
     held += 0 if name == "dense" else sum(w.nbytes for w in layers.weights)
     usage = measure(context.device, lambda: steps(provider, True))
     add("peak with AdamW", held + usage.peak, weights)
+
+
+def _made_before(provider: Provider) -> int:
+    """Bytes of masked weights that an optimizer makes as soon as it is made."""
+    leaves = getattr(provider.optimizer, "leaves", ())
+    return sum(leaf.value.nbytes for leaf in leaves if leaf.value is not None)
 
 
 def layers_name(shape: Shape, count: int) -> str:

@@ -157,6 +157,7 @@ def _magnitudes(
             masked_weight, l0 = weight.detach().to(dtype) * mask, mask.sum()
             slope = temperature * mask * (1 - mask)
             gradient = gradient * weight.to(dtype).abs() * slope + abs(dl0) * slope
+            gradient = gradient.square().sum_to_size(parameter.shape).sqrt()  # a neuron's logit adds up its weights'
         w2 = masked_weight.square()
         out, dx = (x2 @ w2.t()).sqrt(), (dout2 @ w2).sqrt()
     return {"out": out, "dx": dx, "gradient": 2 * gradient, "l0": l0}

@@ -169,14 +169,21 @@ class CircuitModel(nn.Module):
     def temperature(self, value: float) -> None:
         value = check_temperature(value)
         with torch.no_grad():
+            leaves = [layer.leaf for layer in self.masked_layers.values() if layer.leaf is not None]
+            for leaf in leaves:
+                leaf.flush()  # what waits belongs to the old temperature
             for layer in self.masked_layers.values():
-                leaf = layer.leaf
-                if leaf is not None:
-                    leaf.flush()  # what waits belongs to the old temperature
                 # In place: a compiled graph reads the new value without being compiled again.
                 layer.temperature.fill_(value)
-                if leaf is not None and layer.waits:
-                    leaf.refresh()
+                if layer.leaf is not None and layer.waits:
+                    layer.leaf.refresh()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, those too that wait for an optimizer."""
+        for layer in self.masked_layers.values():
+            if layer.leaf is not None:
+                layer.leaf.discard()
+        super().zero_grad(set_to_none)
 
     def named_mask_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``(layer name + ".mask_logits" or ".bias_mask_logits", parameter)`` in the model's order."""

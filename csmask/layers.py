@@ -205,7 +205,7 @@ def unmask_layer(module: Any) -> nn.Module:
     """Undo ``mask_layer``, even one that was cut short: the layer has its own class again, and no logits."""
     leaf = getattr(module, "leaf", None)
     if leaf is not None:
-        leaf.free()
+        leaf.release()
     _LAYERS.discard(module)
     for name in ("mask_logits", "bias_mask_logits"):
         module._parameters.pop(name, None)

@@ -171,16 +171,24 @@ class MaskedLayer(nn.Module):
         check_execution(execution)
         self.masked_weight.drop()
         if self.leaf is not None and execution != "per_step":
-            self.leaf.free()
+            self.leaf.release()
+        elif self.leaf is not None:
+            self.leaf.bind(self.weight, self.mask_logits, self.temperature)
         self._execution = execution
 
     # per_step: the masked weight as a leaf of autograd, whose gradient waits for an optimizer of ``optim``
 
     @property
     def can_wait(self) -> bool:
-        """Whether ``per_step`` execution has something to gain: a logit for each weight, of a weight that is frozen."""
+        """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight, in one process."""
         chosen = self._execution in ("auto", "per_step")
-        return chosen and self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
+        # Gradients of several processes are averaged where autograd leaves them, which is not where these wait.
+        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+        alone = alone or torch.distributed.get_world_size() == 1
+        trained_alone = self.mask_unit == "weight" and not self.weight.requires_grad
+        # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
+        lie_alike = self.weight.stride() == self.mask_logits.stride()
+        return chosen and alone and trained_alone and lie_alike and not self.weight.is_meta
 
     def wait_for_step(self) -> MaskedLeaf:
         """Go over to ``per_step`` execution, and give what the gradients wait in to the optimizer that calls this."""
@@ -195,7 +203,10 @@ class MaskedLayer(nn.Module):
         leaf = self.leaf
         if leaf is None or self._execution != "per_step" or self.hard or self.weight.requires_grad:
             return False
-        return leaf.mask_logits is self.mask_logits and leaf.has_optimizer
+        logits = self.mask_logits
+        if leaf.mask_logits is not logits or logits._backward_hooks or logits._post_accumulate_grad_hooks:
+            return False  # hooks want to see the gradient when it comes
+        return leaf.has_optimizer
 
     @property
     def ops(self) -> Any:
@@ -263,6 +274,9 @@ class MaskedLayer(nn.Module):
 
     def _per_step_forward(self, x: Tensor) -> Tensor:
         assert self.leaf is not None
+        if self.leaf.weight is not self.weight or self.leaf.temperature is not self.temperature:
+            self.leaf.free()
+            self.leaf.bind(self.weight, self.mask_logits, self.temperature)
         dtype, device = self.weight.dtype, x.device.type
         if x.is_floating_point() and torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -362,6 +376,11 @@ class MaskedLayer(nn.Module):
         super()._apply(move, recurse)
         self.leaf.bind(self.weight, self.mask_logits, self.temperature)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.leaf is not None and self.waits and not self.leaf.has_gradient:
+            self.leaf.refresh()  # for compiled forwards; others look
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()

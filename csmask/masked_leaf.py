@@ -19,6 +19,11 @@ from ._ops import ops
 # By id of the logits; an entry lasts as long as its leaf.
 _LEAVES: weakref.WeakValueDictionary[int, MaskedLeaf] = weakref.WeakValueDictionary()
 _raw_grad: Any = torch.Tensor.grad
+_raw_data: Any = torch.Tensor.data
+_REPLACED = (
+    "the masked weight that this forward ran on has been replaced since: run backward before optimizer.step(), before "
+    "a change of temperature, execution, dtype or optimizer, and with one dtype for a layer between two steps"
+)
 _CHANGED = (
     "{what} changed after a backward whose gradient still waits for the optimizer: call optimizer.step() or "
     "optimizer.zero_grad() first (setting circuit.temperature takes the gradient along)"
@@ -57,15 +62,34 @@ class DeferredLogits(nn.Parameter):
     def grad(self) -> None:
         self.grad = None
 
+    # What is written through ``data`` moves no version counter.
+
+    @property
+    def data(self) -> Tensor:
+        self._expect_writes()
+        return _raw_data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._expect_writes()
+        _raw_data.__set__(self, value)
+
+    def _expect_writes(self) -> None:
+        leaf = leaf_of(self)
+        if leaf is not None:
+            leaf.flush()
+            leaf.forget()
+
     # Copies have no leaf: they are parameters like any other.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+            values = self.detach().clone(memory_format=torch.preserve_format)
+            memo[id(self)] = nn.Parameter(values, self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.data, self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
 
 class LeafGroup:
@@ -73,7 +97,8 @@ class LeafGroup:
 
     Attributes:
         leaves: in the order of the sums.
-        l0s: fp32, one sum for each; requires grad.
+        l0s: fp32, one sum for each; requires grad. Another tensor of the same memory each time that they change.
+        dl0s: the gradients of the sums that wait; None where there are none.
         counts: int64 ``(leaves, 2)``, kept and undecided weights as the last step left them; None before it.
         optimizer: a weak reference to the optimizer.
     """
@@ -81,12 +106,31 @@ class LeafGroup:
     def __init__(self, leaves: list[MaskedLeaf], optimizer: Any) -> None:
         self.leaves = leaves
         self.optimizer = weakref.ref(optimizer)
-        self.l0s = torch.zeros(len(leaves), device=leaves[0].mask_logits.device, requires_grad=True)
+        with torch.inference_mode(False):
+            self._memory = torch.zeros(len(leaves), device=leaves[0].mask_logits.device)
         self.counts: Tensor | None = None
-        self.l0s.register_post_accumulate_grad_hook(self._note_dl0)
+        self.dl0s: Tensor | None = None
+        self.has_new_l0s()
         for i, leaf in enumerate(leaves):
             leaf.free()  # of another optimizer's group
             leaf.group, leaf.index = self, i
+
+    def has_new_l0s(self) -> None:
+        """From now on another leaf of autograd: gradients of an earlier one belong to other masks."""
+        with torch.inference_mode(False):
+            self.l0s = self._memory.detach().requires_grad_()
+        self.l0s.register_post_accumulate_grad_hook(self._note_dl0)
+
+    def set_l0(self, index: int, l0: Tensor) -> None:
+        """The sum of one leaf."""
+        with torch.no_grad():
+            self._memory[index] = l0
+        self.has_new_l0s()
+
+    def set_l0s(self, l0s: Tensor) -> None:
+        with torch.no_grad():
+            self._memory.copy_(l0s)
+        self.has_new_l0s()
 
     def l0(self) -> Tensor:
         """The sum over all leaves, 0-d, whose gradient waits with those of the masked weights."""
@@ -95,13 +139,18 @@ class LeafGroup:
                 leaf.refresh()
         return self.l0s.sum()
 
-    def _note_dl0(self, _l0s: Tensor) -> None:
+    def _note_dl0(self, l0s: Tensor) -> None:
+        grad, l0s.grad = l0s.grad, None
+        if l0s is not self.l0s:
+            raise RuntimeError(_REPLACED)
+        self.dl0s = grad if self.dl0s is None or grad is None else self.dl0s + grad
         for leaf in self.leaves:
-            leaf.dl0_waits = True
+            if leaf.group is self:
+                leaf.dl0_waits = True
 
     def discard(self) -> None:
         """Drop all that waits."""
-        self.l0s.grad = None
+        self.dl0s = None
         for leaf in self.leaves:
             if leaf.group is self:
                 leaf.discard()
@@ -111,7 +160,9 @@ def whole_groups(leaves: list[MaskedLeaf]) -> list[LeafGroup]:
     """The groups of which all leaves are among these."""
     given = {id(leaf) for leaf in leaves}
     groups = {id(leaf.group): leaf.group for leaf in leaves if leaf.group is not None}
-    return [group for group in groups.values() if all(id(leaf) in given for leaf in group.leaves)]
+    return [
+        group for group in groups.values() if all(id(leaf) in given and leaf.group is group for leaf in group.leaves)
+    ]
 
 
 class MaskedLeaf:
@@ -124,7 +175,8 @@ class MaskedLeaf:
         scale: of the mask.
 
     Attributes:
-        value: the masked weight, a tensor without history that requires grad; None until it is asked for.
+        value: the masked weight, a tensor without history that requires grad; None until it is asked for. Another
+            tensor of the same memory each time that it changes.
         group, index: what the leaf belongs to, and its place there; None and 0 until an optimizer takes it.
         dl0_waits: whether a gradient of the group's l0 waits that this layer's logits have not had yet.
     """
@@ -140,10 +192,16 @@ class MaskedLeaf:
         self._key: Any = None
 
     def bind(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor) -> None:
-        """Go on with other tensors of the same layer: a module that is moved to a device gets new ones."""
+        """Wait for the gradient of these tensors; a module that is moved to a device gets new ones."""
         self.weight, self.mask_logits, self.temperature = weight, mask_logits, temperature
         mask_logits.__class__ = DeferredLogits
         _LEAVES[id(mask_logits)] = self
+
+    def release(self) -> None:
+        """Free the masked weight and wait no longer: the logits are a parameter like any other, until ``bind``."""
+        self.free()
+        self.mask_logits.__class__ = nn.Parameter
+        _LEAVES.pop(id(self.mask_logits), None)
 
     @property
     def has_optimizer(self) -> bool:
@@ -177,37 +235,60 @@ class MaskedLeaf:
     def _make(self, dtype: torch.dtype) -> None:
         self.flush()  # what waits has this dtype or belongs to another one; old logits' raises
         mask = (self.weight, self.mask_logits, self.temperature, False, self.scale)
-        old = self.value
+        old = None if self.value is None else self.value.detach()
         if old is not None and (old.dtype, old.device, old.shape) == (dtype, self.weight.device, self.weight.shape):
             l0 = ops.materialize_(old, *mask)
         else:
             with torch.inference_mode(False), torch.no_grad():
-                masked_weight, l0, _ = ops.materialize(*mask, dtype)
-            self.value = masked_weight.requires_grad_()
-            if dtype.itemsize < 4:
-                self.value.register_post_accumulate_grad_hook(self._add_in_fp32)
+                old, l0, _ = ops.materialize(*mask, dtype)
         assert self.group is not None
-        self.group.l0s[self.index] = l0
-        self.group.counts = None
-        self.has_new_value()
+        if self._key is None or self._key[1:] != self._state(dtype)[1:]:  # more has changed than the dtype
+            self.group.set_l0(self.index, l0)
+            self.group.counts = None
+        self.has_new_value(old)
 
-    def has_new_value(self) -> None:
-        """The masked weight has been written, and is that of the logits and temperature as they are now."""
-        assert self.value is not None
-        self._key = self._state(self.value.dtype)
+    def has_new_value(self, memory: Tensor) -> None:
+        """The masked weight has been written, and is that of the logits and temperature as they are now.
+
+        From now on it is another leaf of autograd: gradients of an earlier one belong to another masked weight.
+        """
+        with torch.inference_mode(False):
+            self.value = memory.detach().requires_grad_()
+        self.value.register_post_accumulate_grad_hook(self._receive)
+        self._key = self._state(memory.dtype)
+
+    def forget(self) -> None:
+        """Make the masked weight again at its next use: the logits may have been written to unseen."""
+        self._key = None
 
     def free(self) -> None:
         """Free the masked weight, which is made again when it is asked for; what waits goes to the logits' ``grad``."""
         self.flush()
         self.value = self._key = None
+        if self.group is not None:
+            self.group.has_new_l0s()  # gradients of an l0 that was taken before would come too late
 
     # The gradients that wait
 
-    def _add_in_fp32(self, value: Tensor) -> None:
-        """Called by autograd, which would add up the 16-bit gradients of several micro-batches in 16 bits."""
-        grad, value.grad = value.grad, None
-        assert grad is not None
-        self._sum = grad if self._sum is None else self._sum.float().add_(grad)
+    def _receive(self, value: Tensor) -> None:
+        """Called by autograd; left alone, it would add up the 16-bit gradients of several micro-batches in 16 bits."""
+        if value is not self.value:
+            value.grad = None
+            raise RuntimeError(_REPLACED)
+        grad = value.grad
+        if grad is not None and grad.dtype.itemsize < 4:
+            value.grad = None
+            self._sum = grad if self._sum is None else self._sum.float().add_(grad)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient waits."""
+        return self.dmasked_weight is not None or self.dl0_waits
+
+    def consume_gradient(self) -> None:
+        """An optimizer has taken the gradient: what waited, and what had come to the logits before."""
+        self.discard()
+        _raw_grad.__set__(self.mask_logits, None)
 
     @property
     def dmasked_weight(self) -> Tensor | None:
@@ -219,8 +300,8 @@ class MaskedLeaf:
     @property
     def dl0(self) -> Tensor | None:
         """The gradient of this layer's l0 so far: 0-d."""
-        grad = self.group.l0s.grad if self.group is not None and self.dl0_waits else None
-        return None if grad is None else grad[self.index]
+        grads = self.group.dl0s if self.group is not None and self.dl0_waits else None
+        return None if grads is None else grads[self.index]
 
     def check_unchanged(self) -> None:
         """Raise unless what waits belongs to the weight, logits and temperature as they are now."""

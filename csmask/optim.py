@@ -26,13 +26,13 @@ def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             leaf = leaf_of(param)
-            if leaf is None or leaf.group is None:
+            if leaf is None or leaf.group is None or not leaf.has_gradient:
                 continue
             owner = leaf.group.optimizer()
             if owner is not None and owner is not optimizer:
                 raise RuntimeError(
-                    f"these mask logits belong to a {type(owner).__name__}, whose per_step execution keeps their "
-                    f"gradients; step that one, or circuit.set_execution('auto') before making a "
+                    f"these mask logits belong to another optimizer, {type(owner).__name__}, whose per_step execution "
+                    f"keeps their gradients; step that one, or call circuit.set_execution('auto') to go on with "
                     f"{type(optimizer).__name__}"
                 )
 
@@ -48,23 +48,23 @@ class _MaskOptimizer(Optimizer):
             raise ValueError(f"max_grad_norm must be positive, or None not to clip, got {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
-        self._groups: list[LeafGroup] = []
         super().__init__(params, defaults)
-        self._take_layers()
+        self._groups: list[LeafGroup] = []
+        self._take_layers(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        if hasattr(self, "_groups") and self._groups:
-            self._take_layers()
+        if "_groups" in vars(self):  # not while it is built
+            self._take_layers(self.param_groups[-1:])
 
-    def _take_layers(self) -> None:
+    def _take_layers(self, param_groups: list[dict[str, Any]]) -> None:
         """Put the layers of the parameters in ``per_step`` execution; those of another optimizer change hands."""
-        self._groups = []
-        for group in self.param_groups:
+        for group in param_groups:
             leaves = [layer.wait_for_step() for layer in layers_of(group["params"]) if layer.can_wait]
             self._groups += [LeafGroup(those, self) for those in _by_device(leaves)]
         for leaf in self.leaves:
-            leaf.refresh()  # made here, a compiled forward finds it
+            if leaf.value is None:
+                leaf.refresh()  # made here, a compiled forward finds it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
@@ -72,12 +72,25 @@ class _MaskOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_groups" not in vars(self):  # unpickled or copied
-            self.grad_norm = None
-            self._take_layers()
+            self.grad_norm, self._groups = None, []
+            self._take_layers(self.param_groups)
 
     @property
     def leaves(self) -> list[MaskedLeaf]:
         return [leaf for group in self._groups for leaf in group.leaves]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Those of ``torch.optim``'s namesake load, too.
+
+        Raises:
+            ValueError: a setting that there is not here (``amsgrad``).
+        """
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("the saved optimizer has amsgrad=True, which MaskAdamW does not know")
+        super().load_state_dict(state_dict)
+        for param, state in self.state.items():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(param.device, torch.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, those too that wait for this optimizer."""
@@ -96,7 +109,7 @@ class _MaskOptimizer(Optimizer):
         if self.leaves and not mine:
             raise RuntimeError("another optimizer has taken over the layers of this one: make a new one, or step that")
         for leaf in self.leaves:
-            if leaf.dmasked_weight is not None or leaf.dl0_waits:
+            if leaf.has_gradient:
                 leaf.check_unchanged()
         parts = [self._parts(group, mine) for group in self.param_groups]
         factor = self._clip(parts)
@@ -113,8 +126,7 @@ class _MaskOptimizer(Optimizer):
         for param in group["params"]:
             leaf = leaf_of(param)
             if leaf is not None and id(leaf) in mine and leaf.value is not None:
-                has_gradient = leaf.dmasked_weight is not None or leaf.dl0_waits
-                if has_gradient or grad_so_far(param) is not None:
+                if leaf.has_gradient or grad_so_far(param) is not None:
                     waiting.append(leaf)
             elif param.grad is not None:
                 others.append(param)
@@ -136,20 +148,21 @@ class _MaskOptimizer(Optimizer):
     def _step_leaves(self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None) -> None:
         factor = factor if factor is None else factor.to(leaves[0].weight.device)
         l0s, counts = self._mask_step(group, leaves, factor)
+        for leaf in leaves:
+            assert leaf.value is not None
+            leaf.consume_gradient()
+            leaf.has_new_value(leaf.value)
         owner = leaves[0].group
         assert owner is not None
         if len(leaves) == len(owner.leaves):
-            owner.l0s.detach().copy_(l0s)
+            owner.set_l0s(l0s)
             owner.counts = counts
         else:
             # Some had no gradient. One by one: a list of indexes would have to come from the host.
             for i, leaf in enumerate(leaves):
-                owner.l0s.detach()[leaf.index] = l0s[i]
+                owner.set_l0(leaf.index, l0s[i])
                 if owner.counts is not None:
                     owner.counts[leaf.index] = counts[i]
-        for leaf in leaves:
-            leaf.discard()
-            leaf.has_new_value()
 
     def telemetry(self) -> dict[str, float]:
         """``l0``, ``kept_fraction`` and ``undecided_fraction`` of layers in ``per_step`` execution, as they are now.
@@ -165,7 +178,8 @@ class _MaskOptimizer(Optimizer):
             if counts is None:
                 sums = [ops.mask_sums(leaf.mask_logits.detach(), leaf.temperature, False, leaf.scale, 1, True)[1]
                         for leaf in group.leaves]  # fmt: skip
-                counts = group.counts = torch.stack(sums)
+                with torch.inference_mode(False):
+                    counts = group.counts = torch.stack(sums).clone()
             l0 += float(group.l0s.detach().sum())
             k, u = counts.sum(0).tolist()
             kept, undecided = kept + k, undecided + u
@@ -219,7 +233,8 @@ def _rate(group: dict[str, Any]) -> Tensor:
 class MaskAdamW(_MaskOptimizer):
     """AdamW for mask logits, whose step is one pass that also makes the next masked weight.
 
-    Formulas and states are those of ``torch.optim.AdamW``.
+    Formulas and states are those of ``torch.optim.AdamW``; but ``step`` uses the gradients of layers in ``per_step``
+    execution up: without ``zero_grad`` between two steps they do not add up.
 
     Args:
         params: ``circuit.mask_parameters()``, or parameter groups of them; other parameters get an ordinary AdamW step.
@@ -290,7 +305,7 @@ class MaskAdamW(_MaskOptimizer):
 class MaskSGD(_MaskOptimizer):
     """SGD for mask logits, whose step is one pass that also makes the next masked weight.
 
-    Formulas and states are those of ``torch.optim.SGD``.
+    Formulas and states are those of ``torch.optim.SGD``; ``step`` uses gradients up, as ``MaskAdamW``'s.
 
     Args:
         params, max_grad_norm, maximize: as in ``MaskAdamW``.
@@ -327,10 +342,12 @@ class MaskSGD(_MaskOptimizer):
 
     def _state_of(self, group: dict[str, Any], param: nn.Parameter) -> dict[str, Any]:
         state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            if group["momentum"]:
-                state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        is_new = state.get("momentum_buffer") is None
+        if "step" not in state or (group["momentum"] and is_new):
+            # torch.optim.SGD's own states count no steps; a buffer that is there has had its first.
+            state["step"] = torch.full((), 0.0 if is_new else 1.0, device=param.device)
+        if group["momentum"] and is_new:
+            state["momentum_buffer"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
 
     def _mask_step(
@@ -344,21 +361,20 @@ class MaskSGD(_MaskOptimizer):
         return ops.mask_sgd_(logits, momentums, *rest, factor, _rate(group), *settings)
 
     def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
-        states = [self._state_of(group, param) for param in params]
+        states = [self.state[param] for param in params]
         if factor is not None:
             for grad in _gradients(params):
                 grad.mul_(factor.to(grad.device))
-        first = [bool(group["momentum"]) and state["step"] == 0 for state in states]
-        momentums = [None if new else state.get("momentum_buffer") for new, state in zip(first, states, strict=True)]
+        momentums = [state.get("momentum_buffer") for state in states]
         sgd(
             list(params), _gradients(params), momentums, has_sparse_grad=False, foreach=None,
             weight_decay=group["weight_decay"], momentum=group["momentum"], lr=group["lr"],
             dampening=group["dampening"], nesterov=group["nesterov"], maximize=group["maximize"],
         )  # fmt: skip
-        for state, momentum in zip(states, momentums, strict=True):
-            state["step"] += 1
+        for param, state, momentum in zip(params, states, momentums, strict=True):
             if group["momentum"]:
                 state["momentum_buffer"] = momentum
+                state["step"] = torch.ones((), device=param.device)
 
 
 def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:

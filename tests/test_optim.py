@@ -375,8 +375,12 @@ def test_another_optimizer_on_these_layers_is_refused():
     circuit = small()
     mine, theirs = MaskAdamW(circuit.mask_parameters()), torch.optim.AdamW(circuit.mask_parameters())
     loss_of(circuit).backward()
-    with pytest.raises(RuntimeError, match=r"belong to a MaskAdamW.*set_execution\('auto'\)"):
+    with pytest.raises(RuntimeError, match=r"another optimizer, MaskAdamW.*set_execution\('auto'\)"):
         theirs.step()
+    circuit.set_execution("auto")  # as it says
+    theirs.step()
+    circuit.set_execution("per_step")
+    loss_of(circuit).backward()
     mine.step()
 
 
@@ -385,7 +389,7 @@ def test_the_newest_of_two_takes_over(expected):
     old = MaskAdamW(circuit.mask_parameters(), lr=0.1)
     loss_of(circuit).backward()
     new = MaskSGD(circuit.mask_parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match=r"belong to a MaskSGD"):
+    with pytest.raises(RuntimeError, match=r"another optimizer, MaskSGD|another optimizer has taken over"):
         old.step()
     before = [p.detach().clone() for p in circuit.mask_parameters()]
     new.step()
@@ -590,3 +594,202 @@ def test_a_forward_that_is_repeated_in_backward_finds_the_same_masked_weight(use
         inner.forward_once = inner.forward
         inner.forward = repeated
     assert_same_training(got, want, train(got, mine, 10), train(want, theirs, 10))
+
+
+# Between a forward and its backward
+
+
+def autocast_forward(circuit, _optimizer):
+    with torch.autocast("cpu", torch.bfloat16):
+        return circuit(X)
+
+
+@pytest.mark.parametrize("between", [
+    lambda c, o: o.step(), lambda c, o: setattr(c, "temperature", 3.0), lambda c, o: c.set_execution("per_forward"),
+    lambda c, o: c.double(), lambda c, o: MaskSGD(c.mask_parameters()), autocast_forward,
+], ids=["step", "temperature", "execution", "dtype", "optimizer", "autocast"])  # fmt: skip
+@pytest.mark.parametrize("what", ["masked weight", "l0"])
+def test_a_masked_weight_is_not_replaced_between_forward_and_backward_unseen(between, what):
+    """The first layer's input needs no gradient: PyTorch itself does not notice there."""
+    torch.manual_seed(0)
+    circuit = CircuitModel(CircuitConfig(target_layers="all", add_l0=False), nn.Sequential(nn.Linear(6, 5)))
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.1)
+    loss_of(circuit).backward()
+    loss = circuit(X).square().sum() if what == "masked weight" else circuit.l0()
+    other = between(circuit, optimizer)  # noqa: F841, an optimizer lives on
+    optimizer.zero_grad()
+    if what == "l0" and between is autocast_forward:
+        loss.backward()  # l0 is the same for any dtype of the masked weight
+        return
+    with pytest.raises(RuntimeError, match=r"has been replaced since: run backward before"):
+        loss.backward()
+
+
+def test_another_group_of_parameters_leaves_what_waits():
+    circuit, want = small(), small("reference")
+    optimizer = MaskAdamW(circuit.mask_parameters())
+    loss_of(circuit).backward()
+    loss = loss_of(circuit)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    loss.backward()
+    for _ in range(2):
+        loss_of(want).backward()
+    assert_close(gradients(circuit), gradients(want))
+
+
+def test_an_optimizer_that_is_given_layers_later_takes_them():
+    circuit = circuit_of(mask_bias=True)
+    biases = [layer.bias_mask_logits for layer in circuit.masked_layers.values() if layer.bias_mask_logits is not None]
+    optimizer = MaskAdamW(biases, lr=0.02)
+    optimizer.add_param_group({"params": [layer.mask_logits for layer in circuit.masked_layers.values()]})
+    assert all(layer.waits for layer in circuit.masked_layers.values())
+    want = circuit_of("reference", mask_bias=True)
+    theirs = torch.optim.AdamW(want.mask_parameters(), lr=0.02, weight_decay=0.0)
+    assert_same_training(circuit, want, train(circuit, optimizer, 5), train(want, theirs, 5))
+
+
+def test_what_is_written_through_data_is_seen():
+    (got, mine), (want, theirs) = pair(*ADAMW)
+    for circuit, optimizer in ((got, mine), (want, theirs)):
+        train(circuit, optimizer, 3)
+        for p in circuit.mask_parameters():
+            p.data.clamp_(-0.3, 0.3)
+        p.data = p.data.clone() * 0.5
+        p.data = p.data.clone() * 0.5
+    assert_same_training(got, want, train(got, mine, 3), train(want, theirs, 3))
+
+
+def test_hooks_on_logits_see_their_gradient():
+    (got, mine), (want, theirs) = pair(*ADAMW)
+    calls = []
+    for circuit in (got, want):
+        first, second, *_ = circuit.mask_parameters()
+        first.register_hook(lambda g: torch.zeros_like(g))
+        second.register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.norm()))
+    assert_same_training(got, want, train(got, mine, 3), train(want, theirs, 3))
+    assert len(calls) == 6
+    assert not got.masked_layers["conv"].waits
+    assert got.masked_layers["flat"].waits
+
+
+def test_a_weight_that_is_replaced_is_used():
+    circuit, want = small(), small("reference")
+    optimizer = MaskAdamW(circuit.mask_parameters())
+    loss_of(circuit).backward()
+    optimizer.zero_grad()
+    for c in (circuit, want):
+        first = next(iter(c.masked_layers.values()))
+        first.weight = nn.Parameter(torch.ones_like(first.weight), requires_grad=False)
+        first.temperature = torch.tensor(2.0)
+        loss_of(c).backward()
+    assert_close(gradients(circuit), gradients(want))
+
+
+def test_layers_of_two_optimizers_count_once_in_l0():
+    circuit, want = small(), small("reference")
+    first, second = (MaskAdamW(circuit.mask_parameters()[n:], lr=0.1) for n in (0, 1))
+    torch.testing.assert_close(circuit.l0(), want.l0())
+    loss_of(circuit).backward()
+    loss_of(want).backward()
+    assert_close(gradients(circuit), gradients(want))
+    assert len(first.leaves) + len(second.leaves) == 3
+
+
+def test_a_steps_gradient_is_used_up():
+    circuit = small()
+    optimizer = MaskSGD(circuit.mask_parameters(), lr=0.1)
+    for look in (False, True):
+        loss_of(circuit).backward()
+        if look:
+            nn.utils.clip_grad_norm_(circuit.mask_parameters(), 1e9)
+        optimizer.step()
+        assert all(p.grad is None for p in circuit.mask_parameters())
+
+
+def test_momentum_may_begin_later_and_states_of_torch_load():
+    got, want = circuit_of(), circuit_of("reference")
+    theirs = torch.optim.SGD(want.mask_parameters(), lr=0.3)
+    mine = MaskSGD(got.mask_parameters(), lr=0.3)
+    losses, expected = train(got, mine, 3), train(want, theirs, 3)
+    for optimizer in (mine, theirs):
+        optimizer.param_groups[0]["momentum"] = 0.9
+    losses += train(got, mine, 3)
+    expected += train(want, theirs, 3)
+    assert_same_training(got, want, losses, expected)
+    mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert_same_training(got, want, losses + train(got, mine, 3), expected + train(want, theirs, 3))
+
+
+def test_amsgrad_is_refused():
+    circuit = small()
+    theirs = torch.optim.AdamW(circuit.mask_parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match="amsgrad=True, which MaskAdamW does not know"):
+        MaskAdamW(circuit.mask_parameters()).load_state_dict(theirs.state_dict())
+
+
+def test_clearing_all_gradients_of_a_circuit_helps_after_a_change():
+    circuit = small()
+    MaskAdamW(circuit.mask_parameters())
+    optimizer = MaskAdamW(circuit.mask_parameters())
+    loss_of(circuit).backward()
+    change_logits(circuit)
+    circuit.zero_grad()
+    loss_of(circuit).backward()
+    optimizer.step()
+
+
+def test_telemetry_in_inference_mode_disturbs_nothing():
+    circuit = circuit_of(add_l0=False)
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.02)
+    train(circuit, optimizer, 1)
+    circuit.temperature = 2.0
+    with torch.inference_mode():
+        before = optimizer.telemetry()
+    train(circuit, optimizer, 1, skip=lambda _: True)  # a layer without a gradient
+    assert optimizer.telemetry()["l0"] != before["l0"]
+    logits = torch.cat([p.detach().flatten() for p in circuit.mask_parameters()])
+    assert optimizer.telemetry()["kept_fraction"] == pytest.approx(float((logits > 0).float().mean()))
+
+
+def test_after_a_change_of_execution_masked_weights_are_kept_as_ever():
+    circuit = circuit_of()
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.02)
+    train(circuit, optimizer, 1)
+    circuit.set_execution("per_forward")
+    assert all(type(p) is nn.Parameter for p in circuit.mask_parameters())
+    train(circuit, optimizer, 2)
+    assert circuit.masked_layers["flat"].masked_weight._kept is not None
+
+
+def test_a_compiled_circuit_sees_masks_that_are_loaded():
+    torch.compiler.reset()
+    got, want = small(), small("reference")
+    MaskAdamWs = MaskAdamW(got.mask_parameters())
+    compiled = torch.compile(got, backend="eager")
+    compiled(X)
+    for circuit in (got, want):
+        load_state(circuit)
+    torch.testing.assert_close(compiled(X), want(X))
+    assert len(MaskAdamWs.leaves) == 2
+
+
+def test_layers_that_cannot_wait_train_all_the_same(monkeypatch):
+    """Weights that lie otherwise than their logits, and several processes."""
+    torch.manual_seed(0)
+    circuits = []
+    for execution in ("auto", "reference"):
+        torch.manual_seed(0)
+        net = Net().to(memory_format=torch.channels_last)
+        circuits.append(CircuitModel(CircuitConfig(target_layers="all", execution=execution, l0_lambda=1e-3), net))
+        with torch.no_grad():
+            for param in circuits[-1].mask_parameters():
+                param.normal_(std=0.5)
+    got, want = circuits
+    mine, theirs = ADAMW[0](got.mask_parameters()), ADAMW[1](want.mask_parameters())
+    assert [name for name, layer in got.masked_layers.items() if not layer.waits] == ["conv", "grouped"]
+    assert_same_training(got, want, train(got, mine, 5), train(want, theirs, 5))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    circuit = small()
+    MaskAdamW(circuit.mask_parameters())
+    assert not any(layer.waits for layer in circuit.masked_layers.values())
