@@ -173,7 +173,8 @@ class _MaskOptimizer(Optimizer):
         weights = 0
         for group in self._groups:
             for leaf in group.leaves:
-                leaf.refresh()
+                if leaf_of(leaf.mask_logits) is leaf:
+                    leaf.refresh()
             counts = group.counts
             if counts is None:
                 sums = [ops.mask_sums(leaf.mask_logits.detach(), leaf.temperature, False, leaf.scale, 1, True)[1]

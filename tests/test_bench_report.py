@@ -173,7 +173,7 @@ def test_the_table_names_what_misses_its_target_and_how_far_the_choice_is_off():
     assert "2 of 4 targets are met." in text
     assert "Missed: per_forward / compile, forward + backward: 1.20x of 1.00x (fp32 16 x 768 x 768)." in text
     assert "in_kernel / per_forward, forward + backward: 1.08x of 1.00x (fp32 16 x 768 x 768)." in text
-    assert "takes 1.00x to 1.08x (fp32 16 x 768 x 768) of the faster" in text
+    assert "takes 1.00x to 1.08x (fp32 16 x 768 x 768) of the time of the faster" in text
 
 
 def test_per_step_is_held_to_dense_and_to_the_bytes_of_its_kernel():

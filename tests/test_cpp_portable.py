@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).resolve().parents[1] / "kernels" / "cpu"
-KERNELS = ["bitmask", "logits_grad", "materialize", "philox", "scale_neurons", "table"]
+KERNELS = ["bitmask", "logits_grad", "mask_step", "materialize", "philox", "scale_neurons", "table"]
 
 
 def test_every_kernel_source_is_tried():
