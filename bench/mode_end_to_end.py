@@ -81,6 +81,7 @@ def end_to_end(context: Context, name: str) -> None:
             calls[provider] = training.step
         except Exception as error:  # noqa: BLE001, PERF203, recorded
             context.fail(f"{name} {provider}", Failure.of(error))
+    del expected
     times = context.measure(name, "end_to_end", case.x, calls, float("inf"), graph=False, config=notes)
     for provider, timing in times.items():
         if "dense" in times:
@@ -208,10 +209,10 @@ def _training(
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-6, fused=True)
 
     def step() -> Tensor:
-        optimizer.zero_grad()
         loss = loss_of()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # others take their turns now, and all their models are in memory
         return loss.detach()
 
     return Training(step, parameters, loss_of)
