@@ -228,11 +228,12 @@ class CircuitModel(nn.Module):
         """Choose when masks are computed, for all layers or for some; the masks stay what they are.
 
         Args:
-            execution: ``"auto"``, ``"per_forward"``, ``"in_kernel"`` or ``"reference"``, as in ``CircuitConfig``.
+            execution: ``"auto"``, ``"per_step"`` (with an optimizer of ``csmask.optim``), ``"per_forward"``,
+                ``"in_kernel"`` or ``"reference"``, as in ``CircuitConfig``.
             names: layers as in ``target_layers``; all by default, and then also for checkpoints to come.
 
         Raises:
-            ValueError, NotImplementedError: an execution that there is not, a name that is not a masked layer; nothing
+            ValueError: an execution that there is not, a name that is not a masked layer; nothing
                 is changed.
         """
         check_execution(execution)

@@ -181,14 +181,14 @@ class MaskedLayer(nn.Module):
     @property
     def can_wait(self) -> bool:
         """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight, in one process."""
-        chosen = self._execution in ("auto", "per_step")
         # Gradients of several processes are averaged where autograd leaves them, which is not where these wait.
-        alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
-        alone = alone or torch.distributed.get_world_size() == 1
-        trained_alone = self.mask_unit == "weight" and not self.weight.requires_grad
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
         lie_alike = self.weight.stride() == self.mask_logits.stride()
-        return chosen and alone and trained_alone and lie_alike and not self.weight.is_meta
+        fits = self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
+        return self._execution in ("auto", "per_step") and fits and lie_alike
 
     def wait_for_step(self) -> MaskedLeaf:
         """Go over to ``per_step`` execution, and give what the gradients wait in to the optimizer that calls this."""

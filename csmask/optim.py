@@ -114,8 +114,11 @@ class _MaskOptimizer(Optimizer):
         parts = [self._parts(group, mine) for group in self.param_groups]
         factor = self._clip(parts)
         for group, (waiting, others) in zip(self.param_groups, parts, strict=True):
+            if factor is not None:
+                for grad in _gradients(others):
+                    grad.mul_(factor.to(grad.device))
             if others:
-                self._step_tensors(group, others, factor)
+                self._step_tensors(group, others)
             for leaves in _by_device(waiting):
                 self._step_leaves(group, leaves, factor)
         return loss
@@ -193,7 +196,7 @@ class _MaskOptimizer(Optimizer):
     ) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
+    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         raise NotImplementedError
 
 
@@ -289,11 +292,8 @@ class MaskAdamW(_MaskOptimizer):
         settings = (_rate(group), *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
         return ops.mask_adamw_(logits, *averages, *rest, factor, *settings)
 
-    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
+    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         states = [self._state_of(param) for param in params]
-        if factor is not None:
-            for grad in _gradients(params):
-                grad.mul_(factor.to(grad.device))
         adamw(
             list(params), _gradients(params), [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],
@@ -361,11 +361,8 @@ class MaskSGD(_MaskOptimizer):
         settings = (group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"])
         return ops.mask_sgd_(logits, momentums, *rest, factor, _rate(group), *settings)
 
-    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter], factor: Tensor | None) -> None:
+    def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         states = [self.state[param] for param in params]
-        if factor is not None:
-            for grad in _gradients(params):
-                grad.mul_(factor.to(grad.device))
         momentums = [state.get("momentum_buffer") for state in states]
         sgd(
             list(params), _gradients(params), momentums, has_sparse_grad=False, foreach=None,
