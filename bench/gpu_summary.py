@@ -30,7 +30,7 @@ def summary(results: Results) -> str:
 
 
 def _copy(results: Results) -> list[str]:
-    copies = results.find(metric="bandwidth", kernel="copy")
+    copies = results.find(metric="bandwidth", kernel="copy", provider="kernel")
     rates = results.find(metric="rate")
     best = max(rates, key=lambda row: row["value"], default=None)
     found = [f"copy {row['value']:.0f} GB/s" for row in copies[-1:]]

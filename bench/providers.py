@@ -32,6 +32,7 @@ class Provider:
         start: called before the first micro-batch of a step.
         note: what to say of it beside its figures.
         optimizer: of the parameters; a fused AdamW by default.
+        roundings: how often a result is rounded to the dtype on its way.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class Provider:
         dl0: float = 1e-8,
         note: str = "",
         optimizer: torch.optim.Optimizer | None = None,
+        roundings: int = 1,
     ) -> None:
         self.parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
-        self.forward, self.start, self.note = forward, start, note
+        self.forward, self.start, self.note, self.roundings = forward, start, note, roundings
         capturable = self.parameter.is_cuda
         self.optimizer = optimizer or torch.optim.AdamW(self.parameters, lr=1e-6, fused=True, capturable=capturable)
         self.dl0 = torch.full((), dl0, device=self.parameter.device)
@@ -110,7 +112,7 @@ def wrong_results(
         provider.micro_batch(inputs, dout)
         out, l0, dx = provider.micro_batch(inputs, dout)
         got = {"out": out, "l0": l0, "dx": dx, "gradient": provider.parameter.grad}
-        return _errors_over(got, expected, dtype)
+        return _errors_over(got, expected, dtype, provider.roundings)
     finally:
         provider.zero_grad()
         provider.start()
@@ -184,8 +186,10 @@ def _results(
     return {"out": out.detach(), "l0": l0, "dx": x.grad, "gradient": 2 * leaf.grad}
 
 
-def _errors_over(got: dict[str, Tensor | None], expected: dict[str, Expected | None], dtype: torch.dtype) -> list[str]:
-    limit, limit_of_one = LARGEST_ERROR[dtype.itemsize], LARGEST_ERROR_OF_ONE[dtype.itemsize]
+def _errors_over(
+    got: dict[str, Tensor | None], expected: dict[str, Expected | None], dtype: torch.dtype, roundings: int
+) -> list[str]:
+    limit, limit_of_one = LARGEST_ERROR[dtype.itemsize], roundings * LARGEST_ERROR_OF_ONE[dtype.itemsize]
     wrong = []
     for name, one in expected.items():
         if one is None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
+import pkgutil
 import warnings
 from types import SimpleNamespace
 
+import csmask_kernels
 import pytest
 import torch
 from csmask_kernels import launch
@@ -279,3 +283,19 @@ def test_check_supported_names_the_tensor_and_the_way_out():
         "csmask's GPU kernels take bias in float32, float16 or bfloat16, got torch.float64; "
         'use CircuitConfig(execution="reference") for other dtypes'
     )
+
+
+# What a launch itself takes by name (Triton 3.6 refuses "stream"), beside the compiler's options.
+TRITONS_OWN = {"grid", "warmup", "stream", "device", "device_type", "num_warps", "num_stages", "num_ctas", "maxnreg"}
+
+
+def test_no_kernel_takes_an_argument_of_a_name_that_launches_keep_for_themselves():
+    found = {}
+    for info in pkgutil.iter_modules(csmask_kernels.__path__):
+        if info.name == "_cpu":
+            continue
+        for name, value in vars(importlib.import_module(f"csmask_kernels.{info.name}")).items():
+            if name.endswith("_kernel") and hasattr(value, "fn"):
+                found[name] = set(inspect.signature(value.fn).parameters)
+    assert len(found) > 10
+    assert {name: own for name, names in found.items() if (own := names & TRITONS_OWN)} == {}

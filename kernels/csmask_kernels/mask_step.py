@@ -151,8 +151,9 @@ def _adamw_kernel(
     temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
     rate = _number(lr_ptr, lr)
     step = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32))
-    step_size = rate / _one_minus_power(log_beta1, step)
-    correction = 1.0 / tl.sqrt(_one_minus_power(log_beta2, step))
+    # One number for all entries, so what it costs to round it rightly is nothing.
+    step_size = tl.div_rn(rate, _one_minus_power(log_beta1, step))
+    correction = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(log_beta2, step)))
 
     s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
     w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)

@@ -56,10 +56,10 @@ def normal_of(w0, w1, w2, w3):
     return (total - _BYTES_MEAN).to(tl.float32) * _BYTES_INVERSE_STD
 
 
-# A new seed compiles nothing anew.
-@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "stream", "purpose"])
+# A new seed compiles nothing anew. Not "stream": a launch takes that name for itself.
+@triton.jit(do_not_specialize=["seed_lo", "seed_hi", "draw_stream", "purpose"])
 def _philox_kernel(
-    out_ptr, seed_lo, seed_hi, stream, purpose, scale, count, KIND: tl.constexpr, BLOCK: tl.constexpr
+    out_ptr, seed_lo, seed_hi, draw_stream, purpose, scale, count, KIND: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Program ``pid`` draws elements ``pid * BLOCK`` and on; writes each once, reads nothing.
 
@@ -68,11 +68,11 @@ def _philox_kernel(
     pid = tl.program_id(0).to(tl.int64)
     offs = pid * BLOCK + tl.arange(0, BLOCK)
     if KIND == "normal":
-        w0, w1, w2, w3 = philox_block(offs, seed_lo, seed_hi, stream, purpose)
+        w0, w1, w2, w3 = philox_block(offs, seed_lo, seed_hi, draw_stream, purpose)
         values = normal_of(w0, w1, w2, w3) * scale
     else:
         index = pid * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        values = philox_words(index, seed_lo, seed_hi, stream, purpose)
+        values = philox_words(index, seed_lo, seed_hi, draw_stream, purpose)
         if KIND == "uniform":
             values = uniform_of(values) * scale
     tl.store(out_ptr + offs, values.to(out_ptr.dtype.element_ty), mask=offs < count)
@@ -97,8 +97,8 @@ def plan(
     """The launch that fills ``out``, contiguous."""
     config = config or get_config("philox", target, out.numel(), DEFAULT_CONFIG)
     arguments = {
-        "out_ptr": out, "seed_lo": _signed(seed_lo), "seed_hi": _signed(seed_hi), "stream": _signed(stream),
-        "purpose": _signed(purpose), "scale": scale, "count": out.numel(),
+        "out_ptr": out, "seed_lo": _signed(seed_lo), "seed_hi": _signed(seed_hi),
+        "draw_stream": _signed(stream), "purpose": _signed(purpose), "scale": scale, "count": out.numel(),
     }  # fmt: skip
     constants = {"KIND": kind, "BLOCK": config.block}
     return Launch(_philox_kernel, (triton.cdiv(out.numel(), config.block),), arguments, constants, config.num_warps)
