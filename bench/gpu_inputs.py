@@ -35,8 +35,8 @@ def random_logits(*shape: int, device: torch.device) -> Tensor:
     return logits.add_(torch.randn(shape, device=device).sign_().mul_(5.0))
 
 
-def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """As ``elementwise_calls``, of the optimizers' kernels on two layers of ``(n // 2, k)``; GPUs only."""
+def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device, rate: float = 1e-3) -> Any:
+    """As ``elementwise_calls``, of the optimizers' kernels on two layers of ``(n // 2, k)``, at a learning rate."""
     layers = range(2)
 
     def tensors(like: torch.dtype) -> list[Tensor]:
@@ -44,7 +44,7 @@ def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Any:
 
     logits, states = [random_logits(n // 2, k, device=device) for _ in layers], [tensors(torch.float32) for _ in "ab"]
     masked, dmasked, weights = (tensors(dtype) for _ in range(3))
-    t, dl0, step, lr = (torch.tensor(x, device=device) for x in (1.5, 1e-8, 3.0, 1e-3))
+    t, dl0, step, lr = (torch.tensor(x, device=device) for x in (1.5, 1e-8, 3.0, rate))
     states[1] = [second.square() for second in states[1]]
     waiting = (dmasked, weights, [None, None], [t, t], [dl0, dl0], [1.0, 1.0])
     step_of = (masked, *waiting, [step, step], None, lr)

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from gpu_inputs import WEIGHTS, named, random_logits, shapes
 from gpu_results import Context
 from gpu_timing import Failure, Timing, peak_bytes
+from linear_providers import LinearModel
 from providers import Provider, oracle, plain_masked_linear, saved_bytes, wrong_results
 from torch import Tensor
 
-from csmask import functional
+from csmask import CircuitConfig, CircuitModel, MaskAdamW, functional
 from csmask._ops import ops
 
 MICRO_BATCHES = 8
@@ -58,13 +59,14 @@ class Layer:
         self._compiled = torch.compile(plain_masked_linear, backend=backend, dynamic=False)
 
     def providers(self) -> dict[str, Callable[[], Provider]]:
-        """By name, what builds them: "per_forward" makes the masked weight in forward and anew in backward, "kept" once
-        per step; "neuron" has one logit per output.
+        """By name, what builds them: "per_step" is a model of one such layer with ``MaskAdamW``; "per_forward" makes
+        the masked weight in forward and anew in backward, "kept" once per step; "neuron" has one logit per output.
         """
         return {
             "dense": self._dense,
             "eager": lambda: self._plain(plain_masked_linear),
             "compile": lambda: self._plain(self._compiled),
+            "per_step": self._per_step,
             "per_forward": lambda: self._masked("per_forward"),
             "per_forward kept": lambda: self._masked("per_forward", KeptForStep()),
             "in_kernel": lambda: self._masked("in_kernel"),
@@ -92,7 +94,21 @@ class Layer:
                 accumulate=True, return_l0=True,
             )  # fmt: skip
 
-        return Provider(logits, forward, kept.drop if kept else lambda: None)
+        # Scaling by neuron rounds what the product has rounded.
+        roundings = 2 if unit == "neuron" else 1
+        return Provider(logits, forward, kept.drop if kept else lambda: None, roundings=roundings)
+
+    def _per_step(self) -> Provider:
+        circuit = CircuitModel(CircuitConfig(target_layers="all", add_l0=False), LinearModel([self.weight]))
+        circuit.temperature = float(self.temperature)
+        (logits,) = circuit.mask_parameters()
+        with torch.no_grad():
+            logits.copy_(random_logits(*logits.shape, device=self.device))
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            return circuit(x).out, circuit.l0()
+
+        return Provider(logits, forward, optimizer=MaskAdamW([logits], lr=1e-6))
 
 
 # Time

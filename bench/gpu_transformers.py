@@ -13,9 +13,9 @@ from gpu_results import Context
 from gpu_timing import Failure, peak_bytes
 from torch import Tensor, nn
 
-from csmask import CircuitConfig, CircuitModel
+from csmask import CircuitConfig, CircuitModel, MaskAdamW
 
-EXECUTIONS = ("auto", "per_forward", "in_kernel")
+EXECUTIONS = ("per_step", "auto", "per_forward", "in_kernel")
 TOY = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64,
 }  # fmt: skip
@@ -104,7 +104,10 @@ def _step(provider: str, model: nn.Module, inputs: dict[str, Tensor]) -> Callabl
         with torch.no_grad():
             for parameter in parameters:
                 parameter.copy_(random_logits(*parameter.shape, device=parameter.device))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=parameters[0].is_cuda)
+    if provider == "per_step":
+        optimizer: torch.optim.Optimizer = MaskAdamW(parameters, lr=1e-6)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=parameters[0].is_cuda)
     masked = [m for m in model.modules() if isinstance(m, EagerMaskedLinear)]
 
     def step() -> None:

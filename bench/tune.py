@@ -37,18 +37,19 @@ from csmask_kernels.launch import (
     target_of,
 )
 from gpu_checks import full_precision, poisoned, raise_if_lost
-from gpu_inputs import WEIGHTS, elementwise_calls, random_logits
+from gpu_inputs import WEIGHTS, elementwise_calls, random_logits, step_calls
 from gpu_results import version, write_atomically
 from gpu_timing import Clock, Failure, Timing
 from torch import Tensor
 
-from csmask import _plain, reference
+from csmask import _plain, _plain_step, reference
 from csmask._ops import SCHEMAS, triton_kernel
 
 LINEAR = ("masked_linear", "masked_linear_dx", "masked_linear_dlogits")
 CONV = ("masked_conv", "masked_conv_dx", "masked_conv_dlogits")
 ELEMENTWISE = ("materialize", "logits_grad", "scale_neurons", "scale_neurons_grad", "pack_mask", "apply_bitmask")
-OPS = (*LINEAR, *ELEMENTWISE, *CONV)
+STEP = "mask_step"
+OPS = (*LINEAR, *ELEMENTWISE, STEP, *CONV)
 # Buckets of tokens, or of a convolution's output positions, those that matter most first.
 TOKENS = (16, 1024, 128, 8192, 64, 256)
 POSITIONS = (16384, 1024)
@@ -114,6 +115,8 @@ def problems(
     yield from linear(tokens[0])
     for op in (op for op in ELEMENTWISE if op in ops):
         yield op, lambda op=op: _elementwise(op, n, k, dtype, device)
+    if STEP in ops:
+        yield STEP, lambda: _step(n, k, dtype, device)
     for m in tokens[1:]:
         yield from linear(m)
     for rows in positions:
@@ -193,6 +196,25 @@ def _elementwise(op: str, n: int, k: int, dtype: torch.dtype, device: torch.devi
     blocks = [ElementwiseConfig(1 << e, warps) for e in range(10, 14) for warps in (4, 8)]
     assert isinstance(call, functools.partial)
     return Problem(op, n * k, blocks, call, functools.partial(_plain.OPS[op], *call.args))
+
+
+def _step(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """AdamW's step, which speaks for SGD's: blocks of 512 to 4096 elements, 4 to 16 of them to a thread."""
+    call = step_calls(n, k, dtype, device, rate=0.0)["mask_adamw_"][0]()
+    assert isinstance(call, functools.partial)
+    masked = call.args[3]
+
+    def expected() -> Any:
+        # At a rate of 0 every run leaves the logits as they are: those of all candidates have the same results.
+        arguments = [[t.clone() for t in tensors] for tensors in call.args[:4]]
+        results = _plain_step.OPS["mask_adamw_"](*arguments, *call.args[4:])
+        return (*results, *arguments[3])
+
+    blocks = [
+        ElementwiseConfig(1 << e, warps)
+        for e in range(9, 13) for warps in (2, 4, 8, 16) if 4 <= (1 << e) // (32 * warps) <= 16
+    ]  # fmt: skip
+    return Problem(STEP, n * k, blocks, lambda: (*call(), *masked), expected)
 
 
 def _results(results: Any) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
+from .leaf_linear import leaf_linear
 from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
 from .masked_weight import MaskedWeight
 
@@ -42,6 +43,17 @@ class MaskedLinear(MaskedLayer):
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.apply_linear(x, weight, bias, self.transposed)
+
+    def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if (
+            torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or (x.dtype != masked_weight.dtype and not autocast)
+        ):
+            return self._plain_forward(x, masked_weight, bias)
+        assert self.leaf is not None
+        return leaf_linear(x.to(masked_weight.dtype), masked_weight, bias, self.leaf, self.transposed)
 
 
 class MaskedConv1D(MaskedLinear):

@@ -288,6 +288,10 @@ class MaskedLayer(nn.Module):
         record = self.l0_record
         if record.wanted and record.bias_value is None:
             record.bias_value = bias_l0
+        return self._leaf_forward(x, masked_weight, bias)
+
+    def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``_plain_forward``; a layer may bring the masked weight's gradient to the leaf in its own way."""
         return self._plain_forward(x, masked_weight, bias)
 
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:

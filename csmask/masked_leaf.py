@@ -165,6 +165,11 @@ def whole_groups(leaves: list[MaskedLeaf]) -> list[LeafGroup]:
     ]
 
 
+def _wide(total: Tensor) -> Tensor:
+    """A sum in fp32 or higher: many gradients of 16 bits are not added up in 16."""
+    return total.float() if total.dtype.itemsize < 4 else total
+
+
 class MaskedLeaf:
     """The masked weight of one layer, one logit per weight, and the gradients that wait for the optimizer.
 
@@ -189,6 +194,8 @@ class MaskedLeaf:
         self.dl0_waits = False
         self.value: Tensor | None = None
         self._sum: Tensor | None = None
+        # Whether products of several micro-batches have come since the last step, and did so before it.
+        self._has_several = self._had_several = False
         self._key: Any = None
 
     def bind(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor) -> None:
@@ -272,13 +279,40 @@ class MaskedLeaf:
 
     def _receive(self, value: Tensor) -> None:
         """Called by autograd; left alone, it would add up the 16-bit gradients of several micro-batches in 16 bits."""
+        grad = value.grad
         if value is not self.value:
             value.grad = None
             raise RuntimeError(_REPLACED)
-        grad = value.grad
-        if grad is not None and grad.dtype.itemsize < 4:
-            value.grad = None
-            self._sum = grad if self._sum is None else self._sum.float().add_(grad)
+        if grad is None or (self._sum is None and grad.dtype.itemsize >= 4):
+            return
+        value.grad = None
+        self._sum = grad if self._sum is None else _wide(self._sum).add_(grad)
+
+    @torch.no_grad()
+    def receive_product(self, value: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits.
+
+        Raises:
+            RuntimeError: the forward ran on another masked weight than there is now.
+        """
+        if value is not self.value:
+            raise RuntimeError(_REPLACED)
+        total, value.grad = self.dmasked_weight, None
+        narrow = value.dtype.itemsize < 4
+        # One kernel multiplies 16-bit operands into a sum in fp32, where there is one.
+        fused = narrow and value.is_cuda and torch.version.hip is None
+        if total is None:
+            self._sum = torch.mm(a, b, out_dtype=torch.float32) if fused and self._had_several else torch.mm(a, b)
+            self._has_several = False
+            return
+        self._has_several = True
+        self._sum = _wide(total)
+        if fused:
+            torch.ops.aten.addmm.dtype_out(self._sum, a, b, torch.float32, out=self._sum)
+        elif narrow:
+            self._sum.add_(torch.mm(a, b))
+        else:
+            self._sum.addmm_(a, b)
 
     @property
     def has_gradient(self) -> bool:
@@ -287,6 +321,7 @@ class MaskedLeaf:
 
     def consume_gradient(self) -> None:
         """An optimizer has taken the gradient: what waited, and what had come to the logits before."""
+        self._had_several = self._has_several
         self.discard()
         _raw_grad.__set__(self.mask_logits, None)
 

@@ -89,7 +89,7 @@ def test_every_stage_leaves_its_figures(rehearsal):
     assert len(checks) > 30
     assert max(checks) <= 1
     assert len(values(metric="of copy")["csmask"]) == 17
-    providers = {"dense", "eager", "compile", "per_forward", "per_forward kept", "in_kernel", "neuron"}
+    providers = {"dense", "eager", "compile", "per_step", "per_forward", "per_forward kept", "in_kernel", "neuron"}
     for mode in ("forward+backward", "step", "step of 2"):
         assert set(values(kernel="masked_linear", mode=mode, metric="time")) == providers
         assert values(kernel="masked_linear", mode=mode, metric="over dense")["dense"] == [1.0]

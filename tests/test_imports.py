@@ -26,7 +26,7 @@ LEVELS = [
     {"_ops"},
     # ablation lies below layers, whose forward uses it
     {"ablation", "autograd", "cost", "masked_leaf", "masked_weight"},
-    {"functional"},
+    {"functional", "leaf_linear"},
     {"masked_layer"},
     {"layers", "schedule", "testing", "recompute", "loss"},
     {"surgery"},

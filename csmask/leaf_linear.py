@@ -1,0 +1,50 @@
+"""``leaf_linear``: a dense linear operation on a masked weight whose gradient waits for an optimizer.
+
+Autograd would make the weight's gradient of every micro-batch in memory of its own and in 16 bits, for others to add
+up. Here the product itself adds to the sum in fp32: a read and a write of the sum, and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .masked_leaf import MaskedLeaf
+
+
+class _LeafLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, bias: Tensor | None, leaf: MaskedLeaf, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        # Not saved: hooks that move what is saved elsewhere have no business with the weight, which stays.
+        ctx.value, ctx.leaf, ctx.transposed = value, leaf, transposed
+        return reference.apply_linear(x, value.detach(), bias, transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), value = ctx.saved_tensors, ctx.value
+        dx = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = reference.apply_linear(dout, value.detach(), None, not ctx.transposed)
+        rows = dout.reshape(-1, dout.shape[-1])
+        inputs = x.reshape(-1, x.shape[-1])
+        ctx.leaf.receive_product(value, *((inputs.t(), rows) if ctx.transposed else (rows.t(), inputs)))
+        if ctx.needs_input_grad[2]:
+            dbias = rows.sum(0)
+        return dx, None, dbias, None, None
+
+
+def leaf_linear(x: Tensor, value: Tensor, bias: Tensor | None, leaf: MaskedLeaf, transposed: bool) -> Tensor:
+    """``y = x value^T + b``, whose gradient of ``value`` goes to the leaf.
+
+    Args:
+        x: ``(..., in)`` of the value's dtype.
+        value: the leaf's masked weight, ``(out, in)``, or ``(in, out)`` where ``transposed``.
+        bias: ``(out,)`` or None.
+    """
+    return _LeafLinear.apply(x, value, bias, leaf, transposed)
