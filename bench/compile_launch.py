@@ -35,6 +35,23 @@ _TYPES = {
 }  # fmt: skip
 
 
+class OfflineDriver:
+    """As much of a Triton driver as compiling asks for; nothing can be launched with it."""
+
+    def __init__(self, target: Target) -> None:
+        arch = int(target.arch) if target.backend == "cuda" else target.arch
+        self.target = GPUTarget(target.backend, arch, 32 if target.backend == "cuda" else 64)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int = 0) -> int:
+        return 0
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What a compiled kernel costs; ``registers`` and ``spills`` (bytes) are per thread, -1 where unknown."""
@@ -90,9 +107,13 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
     """Compile the launch's kernel for the target with the launch's own types, constants and options."""
     types, constants, attributes = signature(launch, target.backend)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
-    arch = int(target.arch) if target.backend == "cuda" else target.arch
-    gpu = GPUTarget(target.backend, arch, 32 if target.backend == "cuda" else 64)
-    kernel = triton.compile(source, target=gpu, options=launch.options())
+    driver, config = OfflineDriver(target), triton.runtime.driver
+    # Kernels ask the driver what they are compiled for. To reset it there would have to be one for this machine.
+    before, config._active = config._active, driver
+    try:
+        kernel = triton.compile(source, target=driver.target, options=launch.options())
+    finally:
+        config._active = before
     shared = kernel.metadata.shared
     if target.backend == "hip":
         assembly = kernel.asm["amdgcn"]

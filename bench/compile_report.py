@@ -166,7 +166,7 @@ def measure(target: str, case: str, launch: Launch, compiled: Compiled, limit: i
     if row.tma or not all(map(_aligned, large)):
         return row
     if re.search(r"\bscf\.(?:for|while)\b", compiled.ir):  # how often it runs is not in the code: one for each tensor
-        enough = len(wide) >= len(large)
+        enough = len(wide) >= max(sum(_entries(t) == max(map(_entries, found)) for t in found) for found in rows)
     else:
         widely = sum(32 if ".256" in access else 16 for access in wide) * threads
         enough = widely >= sum(_entries(t) * t.element_size() for t in large)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import triton
 from csmask_kernels.launch import Launch, Target
-from triton.backends.compiler import GPUTarget
 
 META = torch.device("meta")
 
@@ -35,23 +34,6 @@ def start_workers(target: Target, count: int | None = None) -> list[subprocess.P
     command = [sys.executable, "-W", "ignore", __file__, about]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return [subprocess.Popen([*command, str(i), str(count)], env=env, **quiet) for i in range(count)]  # type: ignore[call-overload]
-
-
-class OfflineDriver:
-    """As much of a Triton driver as compiling asks for; nothing can be launched with it."""
-
-    def __init__(self, target: Target) -> None:
-        arch = int(target.arch) if target.backend == "cuda" else target.arch
-        self.target = GPUTarget(target.backend, arch, 32 if target.backend == "cuda" else 64)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int = 0) -> int:
-        return 0
 
 
 def planned(target: Target) -> Iterator[Launch]:
@@ -92,7 +74,7 @@ def share_of(launches: Iterator[Launch], part: int, parts: int, signature: Calla
 
 
 def main(about: str, part: str, parts: str) -> None:
-    from compile_launch import signature
+    from compile_launch import OfflineDriver, signature
 
     target = Target(**json.loads(about))
     triton.runtime.driver.set_active(OfflineDriver(target))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from csmask_kernels.launch import ElementwiseConfig
+from csmask_kernels.launch import StepConfig
 from gpu_cases import Draw
 from gpu_checks import Check
 from gpu_results import Context
@@ -71,7 +71,7 @@ def step_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]
     launch, shapes = triton_kernel(op), _shapes(context)
     count = len(shapes)
 
-    def kernel(config: ElementwiseConfig | None, values: Values) -> dict[str, Tensor]:
+    def kernel(config: StepConfig | None, values: Values) -> dict[str, Tensor]:
         columns = _columns(values, count)
         waiting = [columns[name] for name in ("dwm", "weight", "grad", "temperature", "dl0")] + [[SCALE] * count]
         if op == "mask_grad_norms":
@@ -100,7 +100,7 @@ def step_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]
 
     variants = {"all": ("dwm", "grad", "dl0"), "dwm": ("dwm",), "without dwm": ("grad", "dl0")}
     for name, parts in variants.items():
-        for label, config in (("", None), (" other config", ElementwiseConfig(64 if context.toy else 1024, 4))):
+        for label, config in (("", None), (" other config", StepConfig(64 if context.toy else 1024, 4, 3))):
             yield Check(
                 op,
                 name + label,

@@ -31,6 +31,7 @@ from csmask_kernels.launch import (
     CONFIG_DIRECTORY,
     ElementwiseConfig,
     GemmConfig,
+    StepConfig,
     Target,
     config_file_name,
     config_table,
@@ -199,7 +200,7 @@ def _elementwise(op: str, n: int, k: int, dtype: torch.dtype, device: torch.devi
 
 
 def _step(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
-    """AdamW's step, which speaks for SGD's: blocks of 512 to 4096 elements, 4 to 16 of them to a thread."""
+    """AdamW's step, which speaks for SGD's: 4, 8 or 16 elements to a thread, in pieces that follow each other."""
     call = step_calls(n, k, dtype, device, rate=0.0)["mask_adamw_"][0]()
     assert isinstance(call, functools.partial)
     masked = call.args[3]
@@ -211,8 +212,8 @@ def _step(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
         return (*results, *arguments[3])
 
     blocks = [
-        ElementwiseConfig(1 << e, warps)
-        for e in range(9, 13) for warps in (2, 4, 8, 16) if 4 <= (1 << e) // (32 * warps) <= 16
+        StepConfig(32 * warps * entries, warps, pieces)
+        for entries in (4, 8, 16) for warps in (1, 2, 4) for pieces in (1, 2, 4, 8)
     ]  # fmt: skip
     return Problem(STEP, n * k, blocks, lambda: (*call(), *masked), expected)
 

@@ -201,9 +201,14 @@ class MaskedLayer(nn.Module):
     def waits(self) -> bool:
         """Whether a forward now is one of ``per_step`` execution."""
         leaf = self.leaf
-        if leaf is None or self._execution != "per_step" or self.hard or self.weight.requires_grad:
+        if leaf is None or self._execution != "per_step":
             return False
-        logits = self.mask_logits
+        # Each forward comes by here: nn.Module finds its attributes slowly.
+        weight, logits = self._parameters["weight"], self._parameters["mask_logits"]
+        assert weight is not None
+        assert logits is not None
+        if weight.requires_grad or self.is_hard(logits):
+            return False
         if leaf.mask_logits is not logits or logits._backward_hooks or logits._post_accumulate_grad_hooks:
             return False  # hooks want to see the gradient when it comes
         return leaf.has_optimizer
@@ -273,21 +278,24 @@ class MaskedLayer(nn.Module):
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:
-        assert self.leaf is not None
-        if self.leaf.weight is not self.weight or self.leaf.temperature is not self.temperature:
-            self.leaf.free()
-            self.leaf.bind(self.weight, self.mask_logits, self.temperature)
-        dtype, device = self.weight.dtype, x.device.type
-        if x.is_floating_point() and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        leaf, weight = self.leaf, self.weight
+        assert leaf is not None
+        if leaf.weight is not weight or leaf.temperature is not self.temperature:
+            leaf.free()
+            leaf.bind(weight, self.mask_logits, self.temperature)
+        dtype, device = weight.dtype, x.device.type
+        if torch.is_autocast_enabled(device) and x.is_floating_point() and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         # While compiling: the setter of the temperature and the optimizer keep it up to date.
-        compiling = torch.compiler.is_compiling() and self.leaf.value is not None
-        masked_weight = self.leaf.value if compiling else self.leaf.current(dtype)
+        compiling = torch.compiler.is_compiling() and leaf.value is not None
+        masked_weight = leaf.value if compiling else leaf.current(dtype)
         assert masked_weight is not None
-        bias, bias_l0 = self.masked_bias()
-        record = self.l0_record
-        if record.wanted and record.bias_value is None:
-            record.bias_value = bias_l0
+        bias = self.bias
+        if bias is not None and self.bias_mask_logits is not None:
+            bias, bias_l0 = self.masked_bias()
+            record = self.l0_record
+            if record.wanted and record.bias_value is None:
+                record.bias_value = bias_l0
         return self._leaf_forward(x, masked_weight, bias)
 
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:

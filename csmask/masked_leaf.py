@@ -110,6 +110,7 @@ class LeafGroup:
             self._memory = torch.zeros(len(leaves), device=leaves[0].mask_logits.device)
         self.counts: Tensor | None = None
         self.dl0s: Tensor | None = None
+        self._parts: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
         self.has_new_l0s()
         for i, leaf in enumerate(leaves):
             leaf.free()  # of another optimizer's group
@@ -148,9 +149,21 @@ class LeafGroup:
             if leaf.group is self:
                 leaf.dl0_waits = True
 
+    def dl0(self, index: int) -> Tensor | None:
+        """The gradient of one sum that waits: 0-d."""
+        if self.dl0s is None:
+            return None
+        if self._parts[0] is not self.dl0s:
+            self._parts = self.dl0s, self.dl0s.unbind()
+        return self._parts[1][index]
+
+    def discard_dl0s(self) -> None:
+        """Drop the gradients of all sums."""
+        self.dl0s, self._parts = None, (None, ())
+
     def discard(self) -> None:
         """Drop all that waits."""
-        self.dl0s = None
+        self.discard_dl0s()
         for leaf in self.leaves:
             if leaf.group is self:
                 leaf.discard()
@@ -233,9 +246,10 @@ class MaskedLeaf:
         self.current(self.weight.dtype if self.value is None else self.value.dtype)
 
     def _state(self, dtype: torch.dtype) -> Any:
+        weight, logits, temperature = self.weight, self.mask_logits, self.temperature
         return (
-            dtype, self.weight.data_ptr(), self.weight._version, self.mask_logits.data_ptr(), self.mask_logits._version,
-            self.temperature.data_ptr(), self.temperature._version,
+            dtype, weight.data_ptr(), weight._version, logits.data_ptr(), logits._version,
+            temperature.data_ptr(), temperature._version,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -288,9 +302,8 @@ class MaskedLeaf:
         value.grad = None
         self._sum = grad if self._sum is None else _wide(self._sum).add_(grad)
 
-    @torch.no_grad()
     def receive_product(self, value: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits.
+        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called without gradients.
 
         Raises:
             RuntimeError: the forward ran on another masked weight than there is now.
@@ -335,8 +348,7 @@ class MaskedLeaf:
     @property
     def dl0(self) -> Tensor | None:
         """The gradient of this layer's l0 so far: 0-d."""
-        grads = self.group.dl0s if self.group is not None and self.dl0_waits else None
-        return None if grads is None else grads[self.index]
+        return self.group.dl0(self.index) if self.group is not None and self.dl0_waits else None
 
     def check_unchanged(self) -> None:
         """Raise unless what waits belongs to the weight, logits and temperature as they are now."""

@@ -151,13 +151,16 @@ class _MaskOptimizer(Optimizer):
     def _step_leaves(self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None) -> None:
         factor = factor if factor is None else factor.to(leaves[0].weight.device)
         l0s, counts = self._mask_step(group, leaves, factor)
+        owner = leaves[0].group
+        assert owner is not None
+        is_whole = len(leaves) == len(owner.leaves)
+        if is_whole:
+            owner.discard_dl0s()  # at once, and not a zero for each layer
         for leaf in leaves:
             assert leaf.value is not None
             leaf.consume_gradient()
             leaf.has_new_value(leaf.value)
-        owner = leaves[0].group
-        assert owner is not None
-        if len(leaves) == len(owner.leaves):
+        if is_whole:
             owner.set_l0s(l0s)
             owner.counts = counts
         else:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from csmask_kernels import mask_step as kernel
 from csmask_kernels import mask_step_table as tables
-from csmask_kernels.launch import INTERPRETER, ElementwiseConfig
+from csmask_kernels.launch import INTERPRETER, StepConfig
 
 from csmask import CircuitConfig, CircuitModel, MaskAdamW, MaskSGD, testing
 
 BLOCK = 64  # small, so that tiny tensors have several programs
-SMALL = ElementwiseConfig(block=BLOCK, num_warps=1)
+SMALL = StepConfig(block=BLOCK, num_warps=1, pieces=2)
 # Less than a block, whole blocks, overhanging ones, one entry, none, more than one turn of the reduction; all at once.
 SHAPES = [(13, 29), (BLOCK,), (5, 4, 3, 3), (1,), (0, 7), (131,), (16, 48)]
 TEMPERATURES = (1.0, 3.0, 20.0)
@@ -423,7 +423,7 @@ def test_a_table_that_is_there_is_not_made_again():
 def test_layers_that_are_alike_share_a_launch():
     layers = Layers(shapes=[(16, 16)] * 5)
     (group,) = groups_of(layers)
-    assert (group.layers, group.programs, group.constants["ROWS"]) == (5, 20, 8)
+    assert (group.layers, group.programs, group.constants["ROWS"]) == (5, 10, 8)
     assert group.constants["ALIGNED"]
     layers.weights[3] = layers.weights[3].half()
     layers.grads[4] = None

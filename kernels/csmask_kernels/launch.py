@@ -157,6 +157,15 @@ class ElementwiseConfig:
 
 
 @dataclass(frozen=True)
+class StepConfig(ElementwiseConfig):
+    """As ``ElementwiseConfig`` of one piece; a program walks so many of them, 65535 elements at most."""
+
+    block: int = 1024
+    num_warps: int = 2
+    pieces: int = 1
+
+
+@dataclass(frozen=True)
 class GemmConfig:
     """Tile sizes of a masked matrix product, as ``out[M, N] = sum over K``, and how its programs are arranged.
 

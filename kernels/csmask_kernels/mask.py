@@ -4,9 +4,40 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
 
 # |T * S| under which a soft mask still counts as undecided; ``csmask.reference`` has the same number.
 UNDECIDED_BOUND = tl.constexpr(4.0)
+
+
+@triton.constexpr_function
+def _is_for_nvidia():
+    target = None if triton.knobs.runtime.interpret else current_target()
+    return target is not None and target.backend == "cuda"
+
+
+@triton.jit
+def exp_of_negative(x):
+    """``exp(x)`` for ``x <= 0``, fp32. On NVIDIA's GPUs in two instructions, not six: what is subnormal is 0."""
+    if _is_for_nvidia():
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        power = tl.exp(x)
+    return power
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x`` to the last bit or one beside it, fp32; on NVIDIA's GPUs one instruction: what is subnormal is 0."""
+    if _is_for_nvidia():
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1.0 / x
+    return inverse
 
 
 @triton.jit
@@ -19,16 +50,16 @@ def load_temperature(t_ptr):
 def soft_mask(logits, temperature):
     """``sigmoid(T * S)`` in fp32, from ``e = exp(-|T * S|)``, which cannot overflow; NaN stays NaN."""
     z = logits.to(tl.float32) * temperature
-    e = tl.exp(-tl.abs(z))
-    kept = 1.0 / (1.0 + e)
+    e = exp_of_negative(-tl.abs(z))
+    kept = reciprocal(1.0 + e)
     return tl.where(z >= 0, kept, e * kept)
 
 
 @triton.jit
 def soft_mask_derivative(logits, temperature):
     """``dm/dS = T * e / (1 + e)**2`` in fp32 with ``e = exp(-|T * S|)``; ``m * (1 - m)`` is 0 from ``T * S = 17``."""
-    e = tl.exp(-tl.abs(logits.to(tl.float32) * temperature))
-    kept = 1.0 / (1.0 + e)
+    e = exp_of_negative(-tl.abs(logits.to(tl.float32) * temperature))
+    kept = reciprocal(1.0 + e)
     return temperature * e * kept * kept
 
 

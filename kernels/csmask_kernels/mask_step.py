@@ -5,8 +5,9 @@ weights to their next masked weights.
     S, states = update(S, states, dS);  Wm = round(W * scale * sigmoid(T * S));  l0 = sum of that mask
 
 Layers differ in size and in where they lie, so a launch reads a table: one row for each layer with its addresses, its
-size and the first of its programs. Numbers that change from step to step (temperature, learning rate, step, factor) are
-read from the device: a step waits for nothing, and a CUDA graph can hold it.
+size and the first of its programs. A program looks its layer up once, and then walks a few pieces of it. Numbers that
+change from step to step (temperature, learning rate, step, factor) are read from the device: a step waits for nothing,
+and a CUDA graph can hold it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, run, target_of
-from .mask import UNDECIDED_BOUND, load_temperature, soft_mask, soft_mask_derivative
+from .launch import Launch, StepConfig, Target, run, target_of
+from .mask import UNDECIDED_BOUND, load_temperature, reciprocal, soft_mask, soft_mask_derivative
 from .mask_step_table import Group, plan_groups
 
 Tensors = Sequence[Tensor]
@@ -40,8 +41,8 @@ def _address(table_ptr, row, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.
 
 
 @triton.jit
-def _place(table_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row of the table, its entries of that layer, and which of them are there.
+def _place(table_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, ENTRIES: tl.constexpr):
+    """This program's row of the table, its first entry of that layer, and how many the layer has.
 
     Without programs a layer begins where the next one does: of rows that begin alike, the last is meant.
     """
@@ -51,76 +52,98 @@ def _place(table_ptr, ROWS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.const
     size = tl.load(table_ptr + SIZE * ROWS + row)
     if ALIGNED:
         size = tl.multiple_of(size, 16)
-    offs = (pid - tl.load(table_ptr + row)) * BLOCK + tl.arange(0, BLOCK)
-    return row, offs, offs < size
+    return row, (pid - tl.load(table_ptr + row)) * ENTRIES, size
 
 
 @triton.jit
-def _entries(
-    table_ptr, row, offs, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    """Pointers to this program's entries of one of the layer's tensors."""
-    pointers = _address(table_ptr, row, COLUMN, ROWS, TYPE) + offs
+def _pointers(address, offs, ALIGNED: tl.constexpr):
+    pointers = address + offs
     if ALIGNED:  # said of the sum: Triton 3.6 forgets what is said of the address
         pointers = tl.multiple_of(pointers, 16)
     return pointers
 
 
 @triton.jit
-def _read(
-    table_ptr, row, offs, inside, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr
-):  # fmt: skip
-    return tl.load(_entries(table_ptr, row, offs, COLUMN, ROWS, TYPE, ALIGNED), mask=inside, other=0.0).to(tl.float32)
+def _read(address, offs, inside, ALIGNED: tl.constexpr):
+    return tl.load(_pointers(address, offs, ALIGNED), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _write(
-    table_ptr, row, offs, inside, values,
-    COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    tl.store(_entries(table_ptr, row, offs, COLUMN, ROWS, TYPE, ALIGNED), values.to(TYPE), mask=inside)
+def _write(address, offs, inside, values, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    tl.store(_pointers(address, offs, ALIGNED), values.to(TYPE), mask=inside)
 
 
 @triton.jit
-def _temperature_and_scale(table_ptr, row, ROWS: tl.constexpr):
+def _optional_address(table_ptr, row, COLUMN: tl.constexpr, ROWS: tl.constexpr, TYPE: tl.constexpr):
+    """A pointer out of the table; 0, which is not read, where there is no type."""
+    address = 0
+    if TYPE is not None:
+        address = _address(table_ptr, row, COLUMN, ROWS, TYPE)
+    return address
+
+
+@triton.jit
+def _mask_of(
+    table_ptr, row, ROWS: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, DWM_TYPE: tl.constexpr,
+    HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr,
+):  # fmt: skip
+    """What the gradient is made of: addresses of the logits, weight, ``dWm`` and ``grad``; ``dl0``, ``T``, the scale.
+
+    Read once for all pieces of a program.
+    """
+    logits = _address(table_ptr, row, LOGITS, ROWS, S_TYPE)
+    weight = _optional_address(table_ptr, row, WEIGHT, ROWS, W_TYPE)
+    dwm = _optional_address(table_ptr, row, DMASKED_WEIGHT, ROWS, DWM_TYPE)
+    grad = _address(table_ptr, row, GRAD, ROWS, S_TYPE)
+    dl0 = 0.0
+    if HAS_DL0:
+        dl0 = tl.load(_address(table_ptr, row, DL0, ROWS, tl.float32))
     temperature = load_temperature(_address(table_ptr, row, TEMPERATURE, ROWS, tl.float32))
     scale = tl.load(table_ptr + SCALE * ROWS + row).to(tl.int32).to(tl.float32, bitcast=True)
-    return temperature, scale
+    return logits, weight, dwm, grad, dl0, temperature, scale
 
 
 @triton.jit
 def _gradient(
-    table_ptr, row, offs, inside, s, w, temperature, scale, ROWS: tl.constexpr, ALIGNED: tl.constexpr,
-    S_TYPE: tl.constexpr, DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr,
+    dwm_address, grad_address, dl0, offs, inside, s, w, temperature, scale, ALIGNED: tl.constexpr,
+    DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr,
 ):  # fmt: skip
     """``grad + (dWm * W + dl0) * scale * T * m * (1 - m)``; what is None is 0. Without ``dWm``, ``w`` is not read."""
     dmask = tl.zeros_like(s)
     if DWM_TYPE is not None:
-        dmask = _read(table_ptr, row, offs, inside, DMASKED_WEIGHT, ROWS, DWM_TYPE, ALIGNED) * w
+        dmask = _read(dwm_address, offs, inside, ALIGNED) * w
     if HAS_DL0:
-        dmask += tl.load(_address(table_ptr, row, DL0, ROWS, tl.float32))
+        dmask += dl0
     if DWM_TYPE is not None or HAS_DL0:
         dmask = dmask * soft_mask_derivative(s, temperature) * scale
     if HAS_GRAD:
-        dmask += _read(table_ptr, row, offs, inside, GRAD, ROWS, S_TYPE, ALIGNED)
+        dmask += _read(grad_address, offs, inside, ALIGNED)
     return dmask
 
 
 @triton.jit
 def _finish(
-    table_ptr, row, offs, inside, s, w, temperature, scale, l0_ptr, kept_ptr, undecided_ptr, ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
+    logits_address, masked_address, offs, inside, s, w, temperature, scale, l0, counts, ALIGNED: tl.constexpr,
+    S_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Write the new logits, their masked weight, and this program's sums to its slots of the partials."""
-    _write(table_ptr, row, offs, inside, s, LOGITS, ROWS, S_TYPE, ALIGNED)
+    """Write the new logits and their masked weight, and add to the sums: l0, and kept + 2**16 undecided."""
+    _write(logits_address, offs, inside, s, S_TYPE, ALIGNED)
     s = s.to(S_TYPE).to(tl.float32)  # as the next one to read them will see them
     mask = soft_mask(s, temperature) * scale
-    _write(table_ptr, row, offs, inside, w * mask, MASKED_WEIGHT, ROWS, WM_TYPE, ALIGNED)
-    pid = tl.program_id(0)
-    tl.store(l0_ptr + pid, tl.sum(tl.where(inside, mask, 0.0)))
-    tl.store(kept_ptr + pid, tl.sum((inside & (s > 0)).to(tl.int32)))
-    undecided = inside & (tl.abs(s * temperature) < UNDECIDED_BOUND)
-    tl.store(undecided_ptr + pid, tl.sum(undecided.to(tl.int32)))
+    _write(masked_address, offs, inside, w * mask, WM_TYPE, ALIGNED)
+    undecided = tl.abs(s * temperature) < UNDECIDED_BOUND
+    l0 += tl.where(inside, mask, 0.0)
+    counts += tl.where(inside, (s > 0).to(tl.int32) + undecided.to(tl.int32) * 65536, 0)
+    return l0, counts
+
+
+@triton.jit
+def _store_sums(l0_ptr, kept_ptr, undecided_ptr, l0, counts):
+    """This program's sums, to its slots of the partials."""
+    pid, counted = tl.program_id(0), tl.sum(counts)
+    tl.store(l0_ptr + pid, tl.sum(l0))
+    tl.store(kept_ptr + pid, counted & 65535)
+    tl.store(undecided_ptr + pid, counted >> 16)
 
 
 @triton.jit
@@ -129,6 +152,20 @@ def _number(pointer, number):
     if pointer is not None:
         number = tl.load(pointer).to(tl.float32)
     return number
+
+
+@triton.jit
+def _quotient(a, b):
+    """``a / b``, nearly as if rounded once: one step of Newton's behind the approximate one."""
+    q = a / b
+    return tl.fma(tl.fma(-q, b, a), 1.0 / b, q)
+
+
+@triton.jit
+def _root(x):
+    """The root of ``x``, nearly as if rounded once."""
+    root = tl.sqrt(x)
+    return tl.fma(tl.fma(-root, root, x), 0.5 / root, root)
 
 
 @triton.jit
@@ -145,33 +182,38 @@ def _adamw_kernel(
     log_beta2, eps, weight_decay,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
     DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """AdamW with ``taken = 1 - beta``; bytes per weight: 24 for the logits and states, W, dWm and Wm once each."""
-    row, offs, inside = _place(table_ptr, ROWS, ALIGNED, BLOCK)
-    temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
-    rate = _number(lr_ptr, lr)
-    step = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32))
-    # One number for all entries, so what it costs to round it rightly is nothing.
-    step_size = tl.div_rn(rate, _one_minus_power(log_beta1, step))
-    correction = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(log_beta2, step)))
-
-    s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
-    w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)
-    first = _read(table_ptr, row, offs, inside, FIRST, ROWS, S_TYPE, ALIGNED)
-    second = _read(table_ptr, row, offs, inside, SECOND, ROWS, S_TYPE, ALIGNED)
-    g = _gradient(
-        table_ptr, row, offs, inside, s, w, temperature, scale, ROWS, ALIGNED, S_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
+    row, begin, size = _place(table_ptr, ROWS, ALIGNED, BLOCK * PIECES)
+    logits, weight, dwm, grad, dl0, temperature, scale = _mask_of(
+        table_ptr, row, ROWS, S_TYPE, W_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
     )
-    g = g * (_number(factor_ptr, factor) * sign)
-    first += taken1 * (g - first)
-    second = beta2 * second + taken2 * g * g
-    s = s * (1.0 - rate * weight_decay) - step_size * first / (tl.sqrt(second) * correction + eps)
-    _write(table_ptr, row, offs, inside, first, FIRST, ROWS, S_TYPE, ALIGNED)
-    _write(table_ptr, row, offs, inside, second, SECOND, ROWS, S_TYPE, ALIGNED)
-    _finish(
-        table_ptr, row, offs, inside, s, w, temperature, scale, l0_ptr, kept_ptr, undecided_ptr, ROWS, ALIGNED,
-        S_TYPE, WM_TYPE,
-    )  # fmt: skip
+    masked = _address(table_ptr, row, MASKED_WEIGHT, ROWS, WM_TYPE)
+    firsts, seconds = _address(table_ptr, row, FIRST, ROWS, S_TYPE), _address(table_ptr, row, SECOND, ROWS, S_TYPE)
+    rate, factor = _number(lr_ptr, lr), _number(factor_ptr, factor) * sign
+    step = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32))
+    step_size = _quotient(rate, _one_minus_power(log_beta1, step))
+    correction = _quotient(1.0, _root(_one_minus_power(log_beta2, step)))
+
+    l0, counts = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.int32)
+    for _ in range(PIECES):
+        offs = begin + tl.arange(0, BLOCK)
+        inside = offs < size
+        s, w = _read(logits, offs, inside, ALIGNED), _read(weight, offs, inside, ALIGNED)
+        first, second = _read(firsts, offs, inside, ALIGNED), _read(seconds, offs, inside, ALIGNED)
+        g = _gradient(dwm, grad, dl0, offs, inside, s, w, temperature, scale, ALIGNED, DWM_TYPE, HAS_GRAD, HAS_DL0)
+        g = g * factor
+        first += taken1 * (g - first)
+        second = beta2 * second + taken2 * g * g
+        s = s * (1.0 - rate * weight_decay) - step_size * first * reciprocal(tl.sqrt(second) * correction + eps)
+        _write(firsts, offs, inside, first, S_TYPE, ALIGNED)
+        _write(seconds, offs, inside, second, S_TYPE, ALIGNED)
+        l0, counts = _finish(
+            logits, masked, offs, inside, s, w, temperature, scale, l0, counts, ALIGNED, S_TYPE, WM_TYPE
+        )
+        begin += BLOCK
+    _store_sums(l0_ptr, kept_ptr, undecided_ptr, l0, counts)
 
 
 @triton.jit
@@ -180,28 +222,39 @@ def _sgd_kernel(
     HAS_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
     DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """SGD with ``taken = 1 - dampening``; bytes per weight: 8 for the logits, 8 for a momentum, W, dWm and Wm once."""
-    row, offs, inside = _place(table_ptr, ROWS, ALIGNED, BLOCK)
-    temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
-    s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
-    w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)
-    g = _gradient(
-        table_ptr, row, offs, inside, s, w, temperature, scale, ROWS, ALIGNED, S_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
+    row, begin, size = _place(table_ptr, ROWS, ALIGNED, BLOCK * PIECES)
+    logits, weight, dwm, grad, dl0, temperature, scale = _mask_of(
+        table_ptr, row, ROWS, S_TYPE, W_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
     )
-    g = g * (_number(factor_ptr, factor) * sign) + weight_decay * s
+    masked = _address(table_ptr, row, MASKED_WEIGHT, ROWS, WM_TYPE)
+    firsts = _address(table_ptr, row, FIRST, ROWS, S_TYPE)
+    rate, factor = _number(lr_ptr, lr), _number(factor_ptr, factor) * sign
+    # The first step takes the gradient itself, undampened.
+    is_first = False
     if HAS_MOMENTUM:
-        first = _read(table_ptr, row, offs, inside, FIRST, ROWS, S_TYPE, ALIGNED)
-        # The first step takes the gradient itself, undampened.
         is_first = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32)) <= 1.0
-        first = tl.where(is_first, g, momentum * first + taken * g)
-        _write(table_ptr, row, offs, inside, first, FIRST, ROWS, S_TYPE, ALIGNED)
-        g = g + momentum * first if NESTEROV else first
-    s = s - _number(lr_ptr, lr) * g
-    _finish(
-        table_ptr, row, offs, inside, s, w, temperature, scale, l0_ptr, kept_ptr, undecided_ptr, ROWS, ALIGNED,
-        S_TYPE, WM_TYPE,
-    )  # fmt: skip
+
+    l0, counts = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.int32)
+    for _ in range(PIECES):
+        offs = begin + tl.arange(0, BLOCK)
+        inside = offs < size
+        s, w = _read(logits, offs, inside, ALIGNED), _read(weight, offs, inside, ALIGNED)
+        g = _gradient(dwm, grad, dl0, offs, inside, s, w, temperature, scale, ALIGNED, DWM_TYPE, HAS_GRAD, HAS_DL0)
+        g = g * factor + weight_decay * s
+        if HAS_MOMENTUM:
+            first = _read(firsts, offs, inside, ALIGNED)
+            first = tl.where(is_first, g, momentum * first + taken * g)
+            _write(firsts, offs, inside, first, S_TYPE, ALIGNED)
+            g = g + momentum * first if NESTEROV else first
+        s = s - rate * g
+        l0, counts = _finish(
+            logits, masked, offs, inside, s, w, temperature, scale, l0, counts, ALIGNED, S_TYPE, WM_TYPE
+        )
+        begin += BLOCK
+    _store_sums(l0_ptr, kept_ptr, undecided_ptr, l0, counts)
 
 
 @triton.jit
@@ -209,18 +262,25 @@ def _squares_kernel(
     table_ptr, sum_ptr,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
     DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """The sum of this program's squared gradients; reads the logits, W and dWm once each."""
-    row, offs, inside = _place(table_ptr, ROWS, ALIGNED, BLOCK)
-    temperature, scale = _temperature_and_scale(table_ptr, row, ROWS)
-    s = _read(table_ptr, row, offs, inside, LOGITS, ROWS, S_TYPE, ALIGNED)
-    w = tl.zeros_like(s)
-    if DWM_TYPE is not None:
-        w = _read(table_ptr, row, offs, inside, WEIGHT, ROWS, W_TYPE, ALIGNED)
-    g = _gradient(
-        table_ptr, row, offs, inside, s, w, temperature, scale, ROWS, ALIGNED, S_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
+    row, begin, size = _place(table_ptr, ROWS, ALIGNED, BLOCK * PIECES)
+    logits, weight, dwm, grad, dl0, temperature, scale = _mask_of(
+        table_ptr, row, ROWS, S_TYPE, W_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
     )
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.where(inside, g * g, 0.0)))
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in range(PIECES):
+        offs = begin + tl.arange(0, BLOCK)
+        inside = offs < size
+        s = _read(logits, offs, inside, ALIGNED)
+        w = tl.zeros_like(s)
+        if DWM_TYPE is not None:
+            w = _read(weight, offs, inside, ALIGNED)
+        g = _gradient(dwm, grad, dl0, offs, inside, s, w, temperature, scale, ALIGNED, DWM_TYPE, HAS_GRAD, HAS_DL0)
+        total += tl.where(inside, g * g, 0.0)
+        begin += BLOCK
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
@@ -262,7 +322,7 @@ def _number_or_tensor(value: Tensor | float | None, device: torch.device) -> tup
 
 def plan_step(
     kernel: Any, columns: dict[str, Sequence[Any]], factor: Tensor | None, lr: Tensor | float, maximize: bool,
-    settings: dict[str, float], constants: dict[str, Any], target: Target, config: ElementwiseConfig | None = None,
+    settings: dict[str, float], constants: dict[str, Any], target: Target, config: StepConfig | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:  # fmt: skip
     """The launches of a step, and its results: l0 ``(layers,)`` fp32, kept and undecided ``(layers, 2)`` int64."""
     device, count = columns["logits"][0].device, len(columns["logits"])
@@ -295,7 +355,7 @@ def _reduce(group: Group, arguments: dict[str, Any], norm: bool) -> Launch:
 
 
 def plan_norms(
-    columns: dict[str, Sequence[Any]], target: Target, config: ElementwiseConfig | None = None
+    columns: dict[str, Sequence[Any]], target: Target, config: StepConfig | None = None
 ) -> tuple[list[Launch], Tensor]:
     """The launches, and the norms ``(layers,)`` fp32 that they write."""
     device = columns["logits"][0].device
@@ -319,7 +379,7 @@ def _waiting(
 
 def mask_grad_norms(
     mask_logits: Tensors, dmasked_weights: Optionals, weights: Tensors, grads: Optionals, temperatures: Tensors,
-    dl0s: Optionals, scales: Sequence[float], config: ElementwiseConfig | None = None,
+    dl0s: Optionals, scales: Sequence[float], config: StepConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """The norm of each layer's gradient of the logits: ``(layers,)`` fp32."""
     columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales)
@@ -332,7 +392,7 @@ def mask_adamw_(
     mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, masked_weights: Tensors, dmasked_weights: Optionals,
     weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float],
     steps: Tensors, factor: Tensor | None, lr: Tensor | float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, maximize: bool, config: ElementwiseConfig | None = None,
+    weight_decay: float, maximize: bool, config: StepConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """An AdamW step (arXiv 1711.05101) of all layers, in place; see ``plan_step`` for the results."""
     columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales,
@@ -353,7 +413,7 @@ def mask_sgd_(
     mask_logits: Tensors, momentums: Tensors, masked_weights: Tensors, dmasked_weights: Optionals, weights: Tensors,
     grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float], steps: Tensors,
     factor: Tensor | None, lr: Tensor | float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
-    maximize: bool, config: ElementwiseConfig | None = None,
+    maximize: bool, config: StepConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """An SGD step of all layers, in place; see ``plan_step`` for the results."""
     columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales,

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Target, check_supported, get_config, is_interpreted, like
+from .launch import StepConfig, Target, check_supported, get_config, is_interpreted, like
 
 # Eight entries per thread: 16 bytes of a 16-bit tensor. AMD's warps have 64 threads.
-DEFAULT_CONFIGS = {"cuda": ElementwiseConfig(2048, 8), "hip": ElementwiseConfig(2048, 4)}
+DEFAULT_CONFIGS = {"cuda": StepConfig(512, 2, 4), "hip": StepConfig(1024, 2, 4)}
 # Every program looks through the first programs of all layers of its launch.
 MAX_LAYERS = 511
 # int64; the table lies column by column, so that the first one is read at once.
@@ -42,7 +42,7 @@ class Group:
     layers: int
     programs: int
     constants: dict[str, Any]
-    config: ElementwiseConfig
+    config: StepConfig
     read: tuple[tuple[Tensor, ...], ...]
     written: tuple[tuple[Tensor, ...], ...]
 
@@ -165,7 +165,7 @@ def _constants_of(row: Row) -> tuple[tuple[str, Any], ...]:
     return tuple(found.items())
 
 
-def plan_groups(columns: dict[str, Sequence[Any]], target: Target, config: ElementwiseConfig | None) -> list[Group]:
+def plan_groups(columns: dict[str, Sequence[Any]], target: Target, config: StepConfig | None) -> list[Group]:
     """Tables for the layers, by what their kernels are compiled for.
 
     Args:
@@ -183,7 +183,7 @@ def plan_groups(columns: dict[str, Sequence[Any]], target: Target, config: Eleme
 
 def _group(
     constants: dict[str, Any], layers: list[tuple[int, float, Row]], target: Target,
-    config: ElementwiseConfig | None,
+    config: StepConfig | None,
 ) -> Group:  # fmt: skip
     sizes = [row["logits"].numel() for _, _, row in layers]  # type: ignore[union-attr]
     default = DEFAULT_CONFIGS.get(target.backend, DEFAULT_CONFIGS["cuda"])
@@ -196,7 +196,7 @@ def _group(
         addresses = [0 if (tensor := row.get(name)) is None else tensor.data_ptr() for name in COLUMNS[4:]]
         for column, value in zip(table, (programs, size, index, bits, *addresses), strict=True):
             column[i] = value
-        programs += triton.cdiv(size, config.block)
+        programs += triton.cdiv(size, config.block * config.pieces)
     # Behind the last layer: where its programs end, and a first program that there is not.
     table[0][len(layers) :] = [programs] * (count - len(layers))
     device = layers[0][2]["logits"].device  # type: ignore[union-attr]
@@ -204,5 +204,5 @@ def _group(
     given = [{name: t for name, t in row.items() if t is not None} for _, _, row in layers]
     read = tuple(tuple(t for name, t in row.items() if name != "masked_weight") for row in given)
     written = tuple(tuple(t for name, t in row.items() if name in _WRITTEN) for row in given)
-    constants.update(ROWS=count, BLOCK=config.block)
+    constants.update(ROWS=count, BLOCK=config.block, PIECES=config.pieces)
     return Group(_table(numbers, device), len(layers), programs, constants, config, read, written)
