@@ -16,6 +16,7 @@ from compile_worker import start_workers
 from csmask_kernels.launch import target_of
 from gpu_checks import DeviceLostError, correctness, raise_if_lost
 from gpu_elementwise_cases import CASES
+from gpu_llama import llama
 from gpu_results import Context, Results
 from gpu_stages import ceilings, elementwise, search
 from gpu_summary import summary
@@ -46,6 +47,7 @@ STAGES = {
     "memory": Stage(memory, 5),
     "search": Stage(search, 15),
     "transformers": Stage(transformers, 10),
+    "llama": Stage(llama, 15),
 }
 
 

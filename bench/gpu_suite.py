@@ -5,10 +5,11 @@
 Stages: ``ceilings`` (copy bandwidth, matrix rates), ``correctness`` of every kernel in every dtype, ``elementwise``
 kernels as percent of copy bandwidth, ``training`` (forward + backward and full steps beside eager, torch.compile and
 dense), ``memory`` (peaks and residents), ``search`` (launch configs for this device), ``transformers`` (a step of whole
-models). Each has a share of the time; one that fails is recorded and the next one runs. Figures are written as they
-come to ``OUT_DIR/gpu_suite.json`` and ``.csv``; a summary is printed last. Exit status 1 says that something failed.
+models), ``llama`` (steps of Llama-3-8B's shape). Each has a share of the time; one that fails is recorded and the next
+one runs. Figures are written as they come to ``OUT_DIR/gpu_suite.json`` and ``.csv``; a summary is printed last. Exit
+status 1 says that something failed.
 
-Needs torch, triton and this source tree (the last stage transformers too); nothing need be installed, no network.
+Needs torch, triton and this source tree (the last two stages transformers too); nothing need be installed, no network.
 Without a GPU only what needs none runs. ``--rehearse`` (or ``TRITON_INTERPRET=1``) runs every stage on the CPU at toy
 sizes, in Triton's interpreter: its times mean nothing.
 """

@@ -53,7 +53,7 @@ def transformers(context: Context) -> None:
         base = make()
         for provider in ("dense", "eager", *EXECUTIONS):
             try:
-                calls[provider] = _step(provider, copy.deepcopy(base), inputs)
+                calls[provider] = training_step(provider, copy.deepcopy(base).eval(), inputs)  # no dropout, for nobody
             except Exception as error:  # noqa: BLE001, PERF203, recorded
                 context.fail(f"{name} {provider}", Failure.of(error))
         # Launched as they are, what the host adds is part of the time; in a graph, it is not.
@@ -93,9 +93,8 @@ def _models(context: Context) -> dict[str, tuple[Callable[[], nn.Module], dict[s
     }
 
 
-def _step(provider: str, model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[], None]:
-    """A full training step of the model under a provider."""
-    model.eval()  # no dropout, for nobody
+def training_step(provider: str, model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> Callable[[], None]:
+    """A full training step of the model under a provider; the settings are ``MaskAdamW``'s, for "per_step"."""
     if provider == "dense":
         parameters = [p.requires_grad_() for p in model.parameters()]
     elif provider == "eager":
@@ -108,7 +107,7 @@ def _step(provider: str, model: nn.Module, inputs: dict[str, Tensor]) -> Callabl
             for parameter in parameters:
                 parameter.copy_(random_logits(*parameter.shape, device=parameter.device))
     if provider == "per_step":
-        optimizer: torch.optim.Optimizer = MaskAdamW(parameters, lr=1e-6)
+        optimizer: torch.optim.Optimizer = MaskAdamW(parameters, lr=1e-6, **settings)
     else:
         on_gpu = parameters[0].is_cuda
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=on_gpu, capturable=on_gpu)

@@ -32,17 +32,17 @@ def table_of(rows: Rows, plot: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def between(readme: str) -> str | None:
+def between(readme: str, markers: tuple[str, str] = MARKERS) -> str | None:
     """What stands between the markers now; None where they are not."""
-    found = re.search(f"{re.escape(MARKERS[0])}\n(.*?)\n?{re.escape(MARKERS[1])}", readme, re.DOTALL)
+    found = re.search(f"{re.escape(markers[0])}\n(.*?)\n?{re.escape(markers[1])}", readme, re.DOTALL)
     return found[1] if found else None
 
 
-def with_table(readme: str, table: str) -> str:
+def with_table(readme: str, table: str, markers: tuple[str, str] = MARKERS) -> str:
     """The README with another text between its markers."""
-    before, rest = readme.split(MARKERS[0], 1)
-    after = rest.split(MARKERS[1], 1)[1]
-    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
+    before, rest = readme.split(markers[0], 1)
+    after = rest.split(markers[1], 1)[1]
+    return f"{before}{markers[0]}\n{table}\n{markers[1]}{after}"
 
 
 def _about(rows: Rows) -> str:
@@ -53,14 +53,14 @@ def _about(rows: Rows) -> str:
             names.append(row["mode"])
     runs = [about if len(modes) == 1 else f"{', '.join(names)}: {about}" for about, names in modes.items()]
     repeats = "Medians of interleaved repeats, as multiples of dense in the same run."
-    return _wrapped(f"{rows[0]['gpu']}; {'; '.join(runs)}. {repeats}")
+    return wrapped(f"{rows[0]['gpu']}; {'; '.join(runs)}. {repeats}")
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
+def markdown(header: list[str], lines: list[list[str]]) -> str:
     align = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, align, *lines))
 
@@ -86,7 +86,7 @@ def _times(rows: Rows, mode: str, kernel: str, title: str) -> list[str]:
     if not found:
         return []
     providers = _present(found)
-    return [_markdown([title, *providers], [[x, *_cells(times, providers)] for x, times in found.items()])]
+    return [markdown([title, *providers], [[x, *_cells(times, providers)] for x, times in found.items()])]
 
 
 def _models(rows: Rows, models: list[str]) -> list[str]:
@@ -99,7 +99,7 @@ def _models(rows: Rows, models: list[str]) -> list[str]:
         return []
     providers = _present(found)
     header = ["A training step of a whole model", *providers]
-    return [_markdown(header, [[x, *_cells(times, providers)] for x, times in found.items()])]
+    return [markdown(header, [[x, *_cells(times, providers)] for x, times in found.items()])]
 
 
 def _bandwidth(rows: Rows) -> str:
@@ -112,7 +112,7 @@ def _bandwidth(rows: Rows) -> str:
     new = _percents(rows, "of copy, new memory")
     if new:
         text += f" Where the result is new memory, which the system clears first while the copy's is there: {new}."
-    return _wrapped(text)
+    return wrapped(text)
 
 
 def _percents(rows: Rows, metric: str) -> str:
@@ -137,7 +137,7 @@ def _targets(rows: Rows) -> str:
     for what, those in missed.items():
         reached = ", ".join(f"{one.reached:.2f}{one.unit} of {one.bound:.2f}{one.unit} ({one.x})" for one in those)
         text += f" Missed: {what}: {reached}."
-    return _wrapped(text)
+    return wrapped(text)
 
 
 def _auto(rows: Rows) -> str:
@@ -145,7 +145,7 @@ def _auto(rows: Rows) -> str:
     if not over:
         return ""
     worst, where = max(over)
-    return _wrapped(
+    return wrapped(
         f"What `auto` picks without `per_step` takes 1.00x to {worst:.2f}x ({where}) of the time of the faster one of "
         "`per_forward` and `in_kernel` in forward + backward."
     )
@@ -167,4 +167,4 @@ def _memory(rows: Rows) -> str:
                 lines.append([label, *(f"{found[name]:.1f}" if name in found else "" for name in providers)])
     if not lines:
         return ""
-    return _markdown(["Bytes per weight of a layer beyond W, S, S.grad", *providers], lines)
+    return markdown(["Bytes per weight of a layer beyond W, S, S.grad", *providers], lines)

@@ -49,10 +49,11 @@ from csmask._ops import SCHEMAS, triton_kernel
 LINEAR = ("masked_linear", "masked_linear_dx", "masked_linear_dlogits")
 CONV = ("masked_conv", "masked_conv_dx", "masked_conv_dlogits")
 ELEMENTWISE = ("materialize", "logits_grad", "scale_neurons", "scale_neurons_grad", "pack_mask", "apply_bitmask")
-STEP = "mask_step"
-OPS = (*LINEAR, *ELEMENTWISE, STEP, *CONV)
+STEP, BITS = "mask_step", "bitmask_linear"
+OPS = (*LINEAR, *ELEMENTWISE, STEP, BITS, *CONV)
 # Buckets of tokens, or of a convolution's output positions, those that matter most first.
 TOKENS = (16, 1024, 128, 8192, 64, 256)
+FEW_TOKENS = (16, 64)
 POSITIONS = (16384, 1024)
 # ||out - expected|| / ||expected||, against fp32: what rounding operands of 16 bits leaves far behind.
 LARGEST_ERROR = 1e-2
@@ -118,6 +119,9 @@ def problems(
         yield op, lambda op=op: _elementwise(op, n, k, dtype, device)
     if STEP in ops:
         yield STEP, lambda: _step(n, k, dtype, device)
+    for m in tokens[:1] if toy else FEW_TOKENS:
+        if BITS in ops:
+            yield f"{BITS} M={m}", lambda m=m: _linear(BITS, m, n, k, dtype, device, target)
     for m in tokens[1:]:
         yield from linear(m)
     for rows in positions:
@@ -142,14 +146,17 @@ def _linear(op: str, m: int, n: int, k: int, dtype: torch.dtype, device: torch.d
     x, dout = (torch.randn(m, size, device=device).to(dtype) for size in (k, n))
     weight, logits = (torch.randn(n, k, device=device) / k**0.5).to(dtype), random_logits(n, k, device=device)
     t, dl0 = torch.tensor(1.5, device=device), torch.tensor(1e-8, device=device)
-    kernel, mask = triton_kernel(op), (weight, logits, t)
+    kernel, mask, bits = triton_kernel(op), (weight, logits, t), reference.pack_mask(logits)
     calls = {
         "masked_linear": lambda: kernel(x, *mask, None, False, 1.0, False),
         "masked_linear_dx": lambda: kernel(dout, *mask, False, 1.0, False),
         "masked_linear_dlogits": lambda: kernel(dout, x, *mask, dl0, 1.0, False),
+        BITS: lambda: kernel(x, weight, bits, None, 1.0, False),
     }
 
     def expected() -> Any:
+        if op == BITS:
+            return x.float() @ reference.materialize(*mask, True, dtype=torch.float32)[0].t()
         if op == "masked_linear_dlogits":
             return reference.logits_grad(dout.float().t() @ x.float(), *mask, dl0)
         masked_weight, l0 = reference.materialize(*mask, dtype=torch.float32)

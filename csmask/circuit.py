@@ -289,16 +289,17 @@ class CircuitModel(nn.Module):
             raise ValueError(f"reduction must be one of {', '.join(map(repr, L0_REDUCTIONS))}, got {reduction!r}")
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
-        total = torch.zeros((), dtype=torch.float32, device=device)
         groups = whole_groups([layer.leaf for layer in layers if layer.leaf is not None and layer.waits])
-        for group in groups:
-            total = total + group.l0().to(device)
+        parts = [group.l0() for group in groups]
         for layer in layers:
-            if layer.leaf is not None and layer.leaf.group in groups:
-                if layer.bias_mask_logits is not None:
-                    total = total + layer.take_bias_l0().to(device)
-                continue
-            total = total + layer.take_l0().to(device)
+            if layer.leaf is None or layer.leaf.group not in groups:
+                parts.append(layer.take_l0())
+            elif layer.bias_mask_logits is not None:
+                parts.append(layer.take_bias_l0())
+        # No zero to begin with: of one group there is nothing to add up.
+        total = parts[0].to(device) if parts else torch.zeros((), dtype=torch.float32, device=device)
+        for part in parts[1:]:
+            total = total + part.to(device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         return total

@@ -290,7 +290,7 @@ class MaskedLayer(nn.Module):
         compiling = torch.compiler.is_compiling() and leaf.value is not None
         masked_weight = leaf.value if compiling else leaf.current(dtype)
         assert masked_weight is not None
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and self.bias_mask_logits is not None:
             bias, bias_l0 = self.masked_bias()
             record = self.l0_record

@@ -29,11 +29,11 @@ import gpu_results  # noqa: E402
 import gpu_runner  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_timing  # noqa: E402
-import gpu_transformers  # noqa: E402
 import gpu_training  # noqa: E402
+import gpu_transformers  # noqa: E402
 import tune  # noqa: E402
 
-STAGES = ["ceilings", "correctness", "elementwise", "training", "memory", "search", "transformers"]
+STAGES = ["ceilings", "correctness", "elementwise", "training", "memory", "search", "transformers", "llama"]
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="rehearsals are for machines without a GPU")
@@ -103,6 +103,7 @@ def test_every_stage_leaves_its_figures(rehearsal):
     for model in ("llama", "bert"):
         assert set(values(kernel=model, metric="time")) == {"dense", "eager", *gpu_transformers.EXECUTIONS}
     assert values(mode="search", metric="time")["csmask"]
+    assert set(values(kernel="llama-3-8b", metric="fits")) >= {"per_step", "per_forward", "eager"}
 
 
 def test_csv_and_json_hold_the_same_rows(rehearsal):

@@ -76,10 +76,15 @@ def mask_value(logits, temperature, scale, HARD: tl.constexpr, SCALED: tl.conste
 
 
 @triton.jit
-def apply_mask(weight, mask, HARD: tl.constexpr):
-    """``W * m`` in fp32. A hard mask selects, so that a pruned weight is +0 even where it is inf or NaN."""
-    weight = weight.to(tl.float32)
-    if HARD:
-        # A mask that is 0 prunes; any other is the scale (1 leaves the weight's bits as they are).
-        return tl.where(mask == 0.0, 0.0, weight * mask)
-    return weight * mask
+def apply_mask(weight, mask, HARD: tl.constexpr, SCALED: tl.constexpr = True):
+    """``W * m`` in fp32. A hard mask selects, so that a pruned weight is +0 even where it is inf or NaN; one that is
+    not SCALED leaves the weight in its dtype.
+    """
+    if HARD and not SCALED:
+        masked = tl.where(mask == 0.0, 0.0, weight).to(weight.dtype)
+    elif HARD:
+        # A mask that is 0 prunes; any other is the scale.
+        masked = tl.where(mask == 0.0, 0.0, weight.to(tl.float32) * mask)
+    else:
+        masked = weight.to(tl.float32) * mask
+    return masked

@@ -98,7 +98,7 @@ def _masked_linear_fwd_kernel(
         if COUNT and pid_m == 0:
             # A logit that is not there was loaded as 0, which a soft mask takes for 1/2: it must not count.
             l0 += tl.sum(tl.where(w_inside, mask, 0.0), axis=1)
-        wm = apply_mask(w, mask, HARD).to(x.dtype)
+        wm = apply_mask(w, mask, HARD, SCALED).to(x.dtype)
         if SWAP:
             acc = tl.dot(wm, tl.trans(x), acc, input_precision=PRECISION)
         else:
@@ -302,7 +302,7 @@ def bitmask_linear(
     mask = bits_mask(weight, bits, scale)
     if transposed:
         weight, mask = weight.t(), mask.transposed()
-    return _multiply("masked_linear", x, weight, mask, bias, False, config)[0]
+    return _multiply("bitmask_linear", x, weight, mask, bias, False, config)[0]
 
 
 def bitmask_linear_dx(
@@ -317,4 +317,4 @@ def bitmask_linear_dx(
     mask = bits_mask(weight, bits, scale)
     if not transposed:
         weight, mask = weight.t(), mask.transposed()
-    return _multiply("masked_linear_dx", dout, weight, mask, None, False, config)[0]
+    return _multiply("bitmask_linear_dx", dout, weight, mask, None, False, config)[0]

@@ -32,6 +32,12 @@ _LARGE: tuple[_Tile, ...] = (
     (128, 128, 32, 8, 4, _MANY), (128, 128, 64, 8, 3, _MANY), (128, 128, 64, 8, 3, _PERSISTENT),
     (256, 128, 32, 8, 3, _PERSISTENT), (256, 128, 64, 8, 2, _PERSISTENT), (256, 128, 64, 8, 2, {}),
 )  # fmt: skip
+# A mask of bits is next to no bytes: longer steps, so that as much is on its way.
+_BITS: tuple[_Tile, ...] = (
+    (16, 32, 128, 4, 4, _FEW), (16, 32, 256, 4, 3, _FEW), (16, 64, 64, 4, 6, _FEW), (16, 64, 128, 4, 3, _FEW),
+    (16, 64, 128, 4, 4, _FEW), (16, 64, 128, 2, 4, _FEW), (16, 128, 64, 8, 4, _FEW), (16, 128, 128, 8, 3, _FEW),
+    (64, 64, 64, 4, 3, _FEW), (64, 64, 128, 4, 3, _FEW), (64, 128, 64, 8, 3, _FEW), (64, 128, 64, 8, 4, _MANY),
+)  # fmt: skip
 _SMALL: tuple[_Tile, ...] = (
     (16, 64, 32, 4, 4, _FEW), (16, 64, 64, 4, 3, _FEW), (16, 128, 32, 4, 3, _FEW), (16, 128, 64, 8, 2, _FEW),
     (64, 64, 32, 4, 4, _FEW), (64, 64, 32, 4, 4, _MANY), (64, 64, 64, 4, 2, _MANY), (64, 128, 32, 8, 3, _MANY),
@@ -47,11 +53,13 @@ _AMD: tuple[_Tile, ...] = (
 def candidate_configs(op: str, target: Target, m: int, n: int, k: int) -> list[GemmConfig]:
     """What ``bench/tune.py`` times for ``out (m, n)`` summed over k, tables' configs for 2-byte operands: at most 12.
 
-    Both ops have the same tiles. Tiles of M that are mostly padding are left out, and
+    Both ops have the same tiles, but for few tokens and bits. Tiles of M that are mostly padding are left out, and
     those that would compute every mask more than 16 times where a larger tile is to be had.
     """
     nvidia = _LARGE if target.family in ("sm_90", "sm_100", "sm_103") else _SMALL
     tiles = _AMD if target.backend == "hip" else nvidia
+    if op == "bitmask_linear" and tiles is _LARGE and m <= 64:
+        tiles = _BITS
     least, most = min(m / 16, 128), max(2 * m, 16)
     found = [
         GemmConfig(block_m, block_n, block_k, num_warps=warps, num_stages=stages, **form)
@@ -70,7 +78,10 @@ def candidate_configs(op: str, target: Target, m: int, n: int, k: int) -> list[G
 def choose_config(op: str, target: Target, x: Tensor, weight: Tensor, mask: Mask) -> GemmConfig:
     """The config for ``x (M, K)`` and ``weight (N, K)``: the target's, made to fit their dtypes, sizes and layouts."""
     m, n = x.shape[0], weight.shape[0]
-    config: GemmConfig = fit_dtypes(get_config(op, target, m, DEFAULT_CONFIG), x, weight)
+    default = DEFAULT_CONFIG
+    if op.startswith("bitmask_"):
+        default = get_config(op.replace("bitmask_", "masked_"), target, m, default)
+    config: GemmConfig = fit_dtypes(get_config(op, target, m, default), x, weight)
     if config.persistent:
         if _tiles(config, m, n) >= target.multiprocessors and can_persist(target, x, weight, mask.logits):
             return config

@@ -63,7 +63,7 @@ def _masked_linear_persistent_kernel(
                 # The copies fill up with logits of 0, which a soft mask takes for 1/2: they must not count.
                 inside = (offs_n < N)[:, None] & (k0 + tl.arange(0, BLOCK_K) < K)[None, :]
                 l0 += tl.sum(tl.where(inside, mask, 0.0), axis=1)
-            wm = apply_mask(w, mask, HARD).to(x.dtype)
+            wm = apply_mask(w, mask, HARD, SCALED).to(x.dtype)
             if SWAP:
                 acc = tl.dot(wm, tl.trans(x), acc, input_precision=PRECISION)
             else:

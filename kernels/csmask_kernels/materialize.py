@@ -48,7 +48,7 @@ def _materialize_kernel(
         tl.store(undecided_ptr + pid, tl.sum(undecided.to(tl.int32)))
     if HAS_WEIGHT:
         w = tl.load(w_ptr + outer * stride_wb + offs_r * stride_wr + offs_c * stride_wc, mask=inside, other=0.0)
-        wm = apply_mask(w, mask, HARD)
+        wm = apply_mask(w, mask, HARD, SCALED)
         out = out_ptr + outer * stride_outb + offs_r * stride_outr + offs_c * stride_outc
         tl.store(out, wm.to(out_ptr.dtype.element_ty), mask=inside)
 
