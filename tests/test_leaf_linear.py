@@ -1,0 +1,127 @@
+"""``leaf_linear``: what a dense linear operation gives, and the gradients of all micro-batches in one sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from csmask import CircuitConfig, CircuitModel, MaskAdamW
+
+KINDS = {"linear": lambda: nn.Linear(7, 5), "without bias": lambda: nn.Linear(7, 5, bias=False),
+         "transposed": lambda: Conv1D(5, 7)}  # fmt: skip
+
+
+def layer_of(kind, dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(KINDS[kind]()).to(dtype)
+    nn.init.normal_(net[0].weight)
+    circuit = CircuitModel(CircuitConfig(target_layers="all"), net)
+    with torch.no_grad():
+        circuit.mask_parameters()[0].normal_()
+    return circuit, MaskAdamW(circuit.mask_parameters(), lr=0.1)
+
+
+def inputs(dtype, count=3, shape=(2, 6, 7)):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
+
+
+def expected(circuit, kind, xs):
+    """Outputs, gradients of the inputs, and the sum of the masked weight's, all in fp64."""
+    layer = circuit.masked_layers["0"]
+    value = layer.leaf.current(layer.weight.dtype).detach().double().requires_grad_()
+    bias = None if kind == "without bias" else layer.bias.detach().double()
+    outs, dxs = [], []
+    for x in xs:
+        x = x.double().requires_grad_()
+        out = F.linear(x, value.t() if kind == "transposed" else value, bias)
+        out.square().sum().backward()
+        outs.append(out.detach())
+        dxs.append(x.grad)
+    return outs, dxs, value.grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 1e-12)])
+def test_outputs_and_gradients_are_those_of_a_dense_layer(kind, dtype, limit):
+    circuit, _ = layer_of(kind, dtype)
+    xs = inputs(dtype)
+    outs, dxs, total = expected(circuit, kind, xs)
+    for x, out, dx in zip(xs, outs, dxs, strict=True):
+        x.requires_grad_()
+        found = circuit(x)
+        found.square().sum().backward()
+        assert (found - out).norm() <= limit * out.norm()
+        assert (x.grad - dx).norm() <= limit * dx.norm()
+    leaf = circuit.masked_layers["0"].leaf
+    assert leaf.dmasked_weight.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    assert (leaf.dmasked_weight - total).norm() <= limit * total.norm()
+
+
+def test_sixteen_bits_are_added_up_in_32():
+    circuit, optimizer = layer_of("without bias", torch.bfloat16)
+    x = torch.full((1, 7), 0.5, dtype=torch.bfloat16)
+    for _ in range(300):
+        circuit(x).sum().backward()
+    assert torch.equal(circuit.masked_layers["0"].leaf.dmasked_weight, torch.full((5, 7), 150.0))  # in bf16: 128
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ["product first", "autograd first", "in turns"])
+def test_gradients_of_autograd_and_of_products_add_up(dtype, order):
+    """A compiled forward leaves gradients as autograd does."""
+    circuit, _ = layer_of("without bias", dtype)
+    leaf = circuit.masked_layers["0"].leaf
+    xs = inputs(dtype, count=4)
+    total = expected(circuit, "without bias", xs)[2]
+    by_product = {"product first": (0, 1), "autograd first": (2, 3), "in turns": (0, 2)}[order]
+    for i, x in enumerate(xs):
+        out = circuit(x) if i in by_product else F.linear(x, leaf.current(dtype))
+        out.square().sum().backward()
+    assert (leaf.dmasked_weight - total).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * total.norm()
+    assert leaf.value.grad is None or leaf._sum is None  # of two, one would be lost
+
+
+def test_inputs_that_want_no_gradient_get_none_and_the_weight_gets_its_own():
+    circuit, _ = layer_of("linear", torch.float32)
+    (x,) = inputs(torch.float32, count=1)
+    circuit(x).sum().backward()
+    assert x.grad is None
+    assert circuit.masked_layers["0"].leaf.dmasked_weight is not None
+
+
+def test_bias_gradients_are_those_of_a_dense_layer():
+    circuit, optimizer = layer_of("linear", torch.float32)
+    layer = circuit.masked_layers["0"]
+    layer.bias.requires_grad_()
+    (x,) = inputs(torch.float32, count=1)
+    circuit(x).square().sum().backward()
+    assert layer.waits
+    out = F.linear(x, layer.leaf.value.detach(), layer.bias.detach())
+    torch.testing.assert_close(layer.bias.grad, 2 * out.sum((0, 1)))
+    optimizer.step()
+
+
+def test_a_weight_that_is_replaced_before_backward_is_refused():
+    circuit, optimizer = layer_of("linear", torch.float32)
+    xs = inputs(torch.float32)
+    out = circuit(xs[0])
+    circuit(xs[1]).sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="replaced since"):
+        out.sum().backward()
+    assert circuit.masked_layers["0"].leaf.dmasked_weight is None
+
+
+def test_what_is_saved_for_backward_is_the_input_alone():
+    circuit, _ = layer_of("linear", torch.float32)
+    (x,) = inputs(torch.float32, count=1)
+    circuit(x)  # makes the masked weight
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        circuit(x)
+    assert saved == [x.shape]
