@@ -9,6 +9,8 @@ from typing import Any
 from verdict import BANDWIDTH_KERNELS, Verdict, values, verdicts
 
 MARKERS = ("<!-- cpu-table:begin -->", "<!-- cpu-table:end -->")
+MEMORY_MARKERS = ("<!-- memory-table:begin -->", "<!-- memory-table:end -->")
+MEMORY_METRICS = ("after a step", "at the peak")
 COLUMNS = ("dense", "eager", "eager (plain)", "compile", "per_step", "per_forward", "in_kernel", "auto")
 # What rows call a measurement, and the README's sentence about it.
 LINEAR_MODES = {
@@ -32,17 +34,29 @@ def table_of(rows: Rows, plot: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def between(readme: str) -> str | None:
+def memory_table(rows: Rows) -> str:
+    """Bytes per masked weight by way of training, from rows of ``bench/memory.py``, which come in its order."""
+    sizes = list(dict.fromkeys(row["x"] for row in rows))
+    figures = {(row["x"], row["provider"], row["metric"]): float(row["value"]) for row in rows}
+    parts = []
+    for x in sizes:
+        ways = list(dict.fromkeys(row["provider"] for row in rows if row["x"] == x))
+        lines = [[way, *(f"{figures[x, way, metric]:.2f}" for metric in MEMORY_METRICS)] for way in ways]
+        parts.append(_markdown([f"Bytes per masked weight, {x}", *MEMORY_METRICS], lines))
+    return "\n\n".join(parts)
+
+
+def between(readme: str, markers: tuple[str, str] = MARKERS) -> str | None:
     """What stands between the markers now; None where they are not."""
-    found = re.search(f"{re.escape(MARKERS[0])}\n(.*?)\n?{re.escape(MARKERS[1])}", readme, re.DOTALL)
+    found = re.search(f"{re.escape(markers[0])}\n(.*?)\n?{re.escape(markers[1])}", readme, re.DOTALL)
     return found[1] if found else None
 
 
-def with_table(readme: str, table: str) -> str:
+def with_table(readme: str, table: str, markers: tuple[str, str] = MARKERS) -> str:
     """The README with another text between its markers."""
-    before, rest = readme.split(MARKERS[0], 1)
-    after = rest.split(MARKERS[1], 1)[1]
-    return f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}"
+    before, rest = readme.split(markers[0], 1)
+    after = rest.split(markers[1], 1)[1]
+    return f"{before}{markers[0]}\n{table}\n{markers[1]}{after}"
 
 
 def _about(rows: Rows) -> str:
