@@ -94,7 +94,6 @@ class LeanLeaf(MaskedLeaf):
             self._key = self._state(self.weight.dtype)
 
     def has_new_value(self, memory: Tensor) -> None:  # noqa: ARG002, not kept
-        self.value = None
         self._key = self._state(self.weight.dtype)
 
     def forget(self) -> None:

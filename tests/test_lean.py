@@ -386,6 +386,9 @@ def test_a_forward_without_backward_changes_nothing(keep):
             assert circuit is want or (leaf_of(got.mask_parameters()[0]).dmasked_weight is not None) is keep
             optimizer.step()
             optimizer.zero_grad()
+        loss_of(circuit).backward()
+        assert circuit is want or leaf_of(got.mask_parameters()[0]).dmasked_weight is None  # they are of other steps
+        optimizer.step()
     assert_close(got.mask_parameters(), want.mask_parameters())
     if keep:
         with pytest.raises(RuntimeError, match="has been replaced since"):
@@ -606,7 +609,9 @@ def test_telemetry_is_that_of_the_masks_as_they_are():
         assert telemetry["l0"] == pytest.approx(wanted, rel=1e-6)
         assert telemetry["kept_fraction"] == pytest.approx(circuit.density())
         assert telemetry["undecided_fraction"] == pytest.approx(circuit.undecided_fraction())
-        assert float(circuit.l0()) == pytest.approx(telemetry["l0"], rel=1e-6)
+        assert float(circuit.l0().detach()) == pytest.approx(telemetry["l0"], rel=1e-6)
+    circuit.temperature = 50.0
+    assert optimizer.telemetry()["undecided_fraction"] == pytest.approx(circuit.undecided_fraction())
 
 
 def test_what_lean_cannot_be_is_refused_and_nothing_changes(monkeypatch):
