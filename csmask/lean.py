@@ -16,18 +16,13 @@ from torch.autograd.function import once_differentiable
 
 from ._ops import ops
 from .autograd import _dense_backward, _dense_forward
-from .masked_leaf import REPLACED, MaskedLeaf, grad_so_far, wide
+from .masked_leaf import LEAN_ELSE, REPLACED, SECOND, MaskedLeaf, grad_so_far, wide
 
-_GO_ON = "; lean=False keeps gradients until step(), at 4 more bytes per weight in bf16 and 8 in fp32"
-_SECOND = (
-    "a second gradient came for mask logits that were stepped inside backward: in lean mode call optimizer.step() "
-    "after each backward, without gradient accumulation, and checkpoint layers that are used twice with "
-    "use_reentrant=False" + _GO_ON
-)
 _SPENT = (
     "in lean mode the gradients are used up inside backward, so they cannot be read, scaled, clipped or cleared before "
-    "optimizer.step() ends the step: call that first; to clip give the optimizer max_grad_norm= instead of calling "
-    "clip_grad_norm_ (a Trainer: max_grad_norm=0), and use bf16 instead of a GradScaler" + _GO_ON
+    "optimizer.step() ends the step: call that first; use bf16 instead of a GradScaler, and to clip give the optimizer "
+    "max_grad_norm=, infinity not to: then whoever looks, such as clip_grad_norm_ and transformers' Trainer, finds no "
+    "gradients" + LEAN_ELSE
 )
 
 
@@ -112,7 +107,7 @@ class LeanLeaf(MaskedLeaf):
     def check_use(self, use: _Use) -> None:
         """Raise unless a backward now is that of the logits as they are."""
         if self.spent:
-            raise RuntimeError(_SECOND)
+            raise RuntimeError(SECOND)
         if use.state != self._state(self.weight.dtype):
             raise RuntimeError(REPLACED)
 
@@ -158,9 +153,10 @@ class LeanLeaf(MaskedLeaf):
             self.check_unchanged()
             self.take_turn()
 
-    def check_readable(self) -> None:
-        """Raise where ``mask_logits.grad`` is not what it would be in other executions."""
-        if self.spent or self.has_gradient:
+    def reveal(self) -> None:
+        """Raise where there was a gradient to see, unless the optimizer has been told how to clip."""
+        optimizer = None if self.group is None else self.group.optimizer()
+        if (self.spent or self.has_gradient) and (optimizer is None or optimizer.max_grad_norm is None):
             raise RuntimeError(_SPENT)
 
     def check_clearable(self) -> None:
@@ -171,7 +167,7 @@ class LeanLeaf(MaskedLeaf):
         if self.has_gradient:
             super().check_unchanged()
         if self.spent and grad_so_far(self.mask_logits) is not None:
-            raise RuntimeError(_SECOND)
+            raise RuntimeError(SECOND)
 
 
 class LeanOp(torch.autograd.Function):

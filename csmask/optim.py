@@ -304,9 +304,10 @@ class MaskAdamW(_MaskOptimizer):
             ``step()`` ends the step. The learning rate is that at the time of backward; schedulers that run after
             ``step()`` work as ever. ``max_grad_norm`` clips by the norm of the step before, and the first step not at
             all. Raises, with what to do: several backwards per step (gradient accumulation needs ``lean=False``: 4
-            more bytes per weight in bf16, 8 in fp32), whoever looks at gradients, scales or clears them before
-            ``step()``, l0 whose gradient comes after the layers', several processes. Neuron masks, masked biases,
-            logits with hooks and layers whose base is trained too keep ordinary gradients.
+            more bytes per weight in bf16, 8 in fp32), to clear gradients before ``step()``, to look at them where
+            ``max_grad_norm`` is not given (where it is, infinity or not, there are none to be seen: what others clip
+            is for it to do), l0 whose gradient comes after the layers', several processes. Neuron masks, masked
+            biases, logits with hooks and layers whose base is trained too keep ordinary gradients.
 
     Raises:
         ValueError: a setting out of its range.
