@@ -294,7 +294,7 @@ class MaskedLayer(nn.Module):
         if leaf.weight is not weight or leaf.temperature is not self.temperature:
             leaf.free()
             leaf.bind(weight, self.mask_logits, self.temperature)
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is not None and self.bias_mask_logits is not None:
             bias, bias_l0 = self.masked_bias()
             record = self.l0_record
