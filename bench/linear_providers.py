@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -99,6 +100,16 @@ class Layers:
             **{name: (lambda name=name: self._csmask(name)) for name in EXECUTIONS},
         }
 
+    def lean_providers(self) -> dict[str, Callable[[], Provider]]:
+        """``MaskAdamW``'s lean mode, which takes one micro-batch per step and leaves no gradients to look at."""
+        found: dict[str, dict[str, Any]] = {"lean": {}}
+        if "state_bits" in inspect.signature(MaskAdamW).parameters:
+            found["lean, 8-bit states"] = {"state_bits": 8}
+        return {
+            name: (lambda settings=settings: self._csmask("per_step", lean=True, **settings))
+            for name, settings in found.items()
+        }
+
     def _dense(self) -> Provider:
         weights = [nn.Parameter(weight.clone()) for weight in self.weights]
 
@@ -142,13 +153,13 @@ class Layers:
         note = f"NeuroSurgeon {importlib.metadata.version('NeuroSurgeon')}{', autocast' if autocast else ''}"
         return self._started(Provider(all_logits, forward, dl0=1.0, note=note))
 
-    def _csmask(self, execution: str) -> Provider:
+    def _csmask(self, execution: str, **settings: Any) -> Provider:
         per_step = execution == "per_step"
         config = CircuitConfig(target_layers="all", execution=execution, l0_lambda=L0_LAMBDA)
         circuit = CircuitModel(config, LinearModel(self.weights))
         circuit.temperature = TEMPERATURE
         parameters = circuit.mask_parameters()
-        optimizer = MaskAdamW(parameters, lr=1e-6) if per_step else None
+        optimizer = MaskAdamW(parameters, lr=1e-6, **settings) if per_step else None
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             output = circuit(x)

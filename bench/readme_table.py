@@ -9,6 +9,8 @@ from typing import Any
 from verdict import BANDWIDTH_KERNELS, Verdict, values, verdicts
 
 MARKERS = ("<!-- cpu-table:begin -->", "<!-- cpu-table:end -->")
+MEMORY_MARKERS = ("<!-- memory-table:begin -->", "<!-- memory-table:end -->")
+MEMORY_METRICS = ("after a step", "at the peak")
 COLUMNS = ("dense", "eager", "eager (plain)", "compile", "per_step", "per_forward", "in_kernel", "auto")
 # What rows call a measurement, and the README's sentence about it.
 LINEAR_MODES = {
@@ -30,6 +32,18 @@ def table_of(rows: Rows, plot: str) -> str:
         parts.append(f"![Time over dense, by shape]({plot})")
     parts += [_targets(rows), _auto(rows)]
     return "\n\n".join(part for part in parts if part)
+
+
+def memory_table(rows: Rows) -> str:
+    """Bytes per masked weight by way of training, from rows of ``bench/memory.py``, which come in its order."""
+    sizes = list(dict.fromkeys(row["x"] for row in rows))
+    figures = {(row["x"], row["provider"], row["metric"]): float(row["value"]) for row in rows}
+    parts = []
+    for x in sizes:
+        ways = list(dict.fromkeys(row["provider"] for row in rows if row["x"] == x))
+        lines = [[way, *(f"{figures[x, way, metric]:.2f}" for metric in MEMORY_METRICS)] for way in ways]
+        parts.append(markdown([f"Bytes per masked weight, {x}", *MEMORY_METRICS], lines))
+    return "\n\n".join(parts)
 
 
 def between(readme: str, markers: tuple[str, str] = MARKERS) -> str | None:

@@ -176,13 +176,15 @@ class CircuitModel(nn.Module):
                 # In place: a compiled graph reads the new value without being compiled again.
                 layer.temperature.fill_(value)
                 if layer.leaf is not None and layer.waits:
-                    layer.leaf.refresh()
+                    layer.leaf.prepare()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those too that wait for an optimizer."""
-        for layer in self.masked_layers.values():
-            if layer.leaf is not None:
-                layer.leaf.discard()
+        leaves = [layer.leaf for layer in self.masked_layers.values() if layer.leaf is not None]
+        for leaf in leaves:
+            leaf.check_clearable()
+        for leaf in leaves:
+            leaf.discard()
         super().zero_grad(set_to_none)
 
     def named_mask_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

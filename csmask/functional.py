@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import autograd, reference
 from ._ops import ops
+from .lean import LeanLeaf
 from .masked_weight import MaskedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -162,6 +163,7 @@ def masked_linear(
     kept: MaskedWeight | None = None,
     accumulate: bool = False,
     return_l0: bool = False,
+    lean: LeanLeaf | None = None,
 ) -> Any:
     """``y = x (W * m)^T + b``; see ``reference.masked_linear``.
 
@@ -174,6 +176,7 @@ def masked_linear(
         accumulate: add the logits' gradient to ``mask_logits.grad`` in the kernel itself, where there is one; autograd
             then sees no gradient: for plain ``backward()`` calls without hooks on the logits.
         return_l0: return ``(y, l0)``, the second the differentiable sum of the mask, at no pass of its own.
+        lean: what steps the logits inside backward, so that they get no gradient; it knows its own l0.
 
     Raises:
         TypeError: a dtype that is not a float, or ``x`` of another dtype than ``weight`` outside autocast.
@@ -188,7 +191,9 @@ def masked_linear(
     _check_shapes(x, weight, bias, weight.shape[in_dim], weight.shape[out_dim], dim=-1)
     temperature = _temperature_tensor(temperature, mask_logits)
     mask = (x, weight, mask_logits, temperature, bias)
-    if is_neuron_mask(weight, mask_logits, out_dim) and not hard:
+    if lean is not None:
+        result = lean.apply(x, lean.anchor, bias, lean, transposed), None
+    elif is_neuron_mask(weight, mask_logits, out_dim) and not hard:
         result = autograd.NeuronOp.apply(*mask, scale, transposed)
     else:
         in_kernel = _runs_in_kernel(execution, weight, mask_logits, hard)
@@ -215,6 +220,7 @@ def masked_conv(
     kept: MaskedWeight | None = None,
     accumulate: bool = False,
     return_l0: bool = False,
+    lean: LeanLeaf | None = None,
 ) -> Any:
     """The convolution of ``x`` with ``W * m``, 1-d or 2-d by the rank of ``weight``; see ``reference.masked_conv``.
 
@@ -223,7 +229,7 @@ def masked_conv(
     small weights and little arithmetic per weight: they run ``"per_forward"`` whatever ``execution`` says.
 
     Args:
-        execution, kept, accumulate, return_l0: as in ``masked_linear``.
+        execution, kept, accumulate, return_l0, lean: as in ``masked_linear``.
 
     Raises:
         TypeError, ValueError: as ``masked_linear``; also a weight that is not 3-d or 4-d.
@@ -250,7 +256,9 @@ def masked_conv(
         stride, pad, dilation = (1, *stride), (0, *pad), (1, *dilation)
     geometry = (stride, pad, dilation, False, (0,) * len(stride), groups)
     mask = (x, weight, mask_logits, temperature, bias)
-    if is_neuron_mask(weight, mask_logits, 0) and not hard:
+    if lean is not None:
+        out, l0 = lean.apply(x, lean.anchor, bias, lean, geometry), None
+    elif is_neuron_mask(weight, mask_logits, 0) and not hard:
         out, l0 = autograd.NeuronOp.apply(*mask, scale, geometry)
     else:
         out, l0 = autograd.MaskedOp.apply(*mask, hard, scale, geometry, in_kernel, kept, accumulate)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ablation, cost, functional, reference
 from .config import EXECUTIONS
+from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 
@@ -23,6 +24,12 @@ def layers_of(params: Iterable[Tensor]) -> list[MaskedLayer]:
     """The layers whose weight logits are among the parameters, in the parameters' order."""
     by_logits = {id(getattr(layer, "mask_logits", None)): layer for layer in _LAYERS}
     return [by_logits[id(param)] for param in params if id(param) in by_logits]
+
+
+def in_several_processes() -> bool:
+    """Whether this is one of several processes that train together."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1
 
 
 def check_execution(execution: str) -> str:
@@ -182,18 +189,22 @@ class MaskedLayer(nn.Module):
     def can_wait(self) -> bool:
         """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight, in one process."""
         # Gradients of several processes are averaged where autograd leaves them, which is not where these wait.
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
+        if in_several_processes():
             return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
         lie_alike = self.weight.stride() == self.mask_logits.stride()
         fits = self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
         return self._execution in ("auto", "per_step") and fits and lie_alike
 
-    def wait_for_step(self) -> MaskedLeaf:
+    def wait_for_step(self, lean: bool = False) -> MaskedLeaf:
         """Go over to ``per_step`` execution, and give what the gradients wait in to the optimizer that calls this."""
+        kind = LeanLeaf if lean else MaskedLeaf
+        if self.leaf is not None and type(self.leaf) is not kind:
+            self.leaf.release()
+            self.leaf.group = None  # its optimizer has no more to do with it
+            self.leaf = None
         if self.leaf is None:
-            self.leaf = MaskedLeaf(self.weight, self.mask_logits, self.temperature, self.mask_scale)
+            self.leaf = kind(self.weight, self.mask_logits, self.temperature, self.mask_scale)
         self.execution = "per_step"
         return self.leaf
 
@@ -283,6 +294,15 @@ class MaskedLayer(nn.Module):
         if leaf.weight is not weight or leaf.temperature is not self.temperature:
             leaf.free()
             leaf.bind(weight, self.mask_logits, self.temperature)
+        bias: Tensor | None = self.bias
+        if bias is not None and self.bias_mask_logits is not None:
+            bias, bias_l0 = self.masked_bias()
+            record = self.l0_record
+            if record.wanted and record.bias_value is None:
+                record.bias_value = bias_l0
+        if isinstance(leaf, LeanLeaf):
+            mask = {"weight": weight, "mask_logits": self.mask_logits, "temperature": self.temperature}
+            return self._masked_op(x, **mask, bias=bias, scale=self.mask_scale, lean=leaf)
         dtype, device = weight.dtype, x.device.type
         if torch.is_autocast_enabled(device) and x.is_floating_point() and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
@@ -290,12 +310,6 @@ class MaskedLayer(nn.Module):
         compiling = torch.compiler.is_compiling() and leaf.value is not None
         masked_weight = leaf.value if compiling else leaf.current(dtype)
         assert masked_weight is not None
-        bias: Tensor | None = self.bias
-        if bias is not None and self.bias_mask_logits is not None:
-            bias, bias_l0 = self.masked_bias()
-            record = self.l0_record
-            if record.wanted and record.bias_value is None:
-                record.bias_value = bias_l0
         return self._leaf_forward(x, masked_weight, bias)
 
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -370,6 +384,8 @@ class MaskedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates."""
+        if self.leaf is not None:
+            self.leaf.release()  # what waits goes along as any gradient does
         own = [self.mask_logits, self.bias_mask_logits, self.temperature]
         own += [p.grad for p in own if p is not None]
         keep = {id(t) for t in own if t is not None}
@@ -382,17 +398,16 @@ class MaskedLayer(nn.Module):
 
         self.clear_ablation_cache()
         self.masked_weight.drop()
-        if self.leaf is None:
+        try:
             return super()._apply(move, recurse)
-        self.leaf.free()
-        super()._apply(move, recurse)
-        self.leaf.bind(self.weight, self.mask_logits, self.temperature)
-        return self
+        finally:
+            if self.leaf is not None and self._execution == "per_step":
+                self.leaf.bind(self.weight, self.mask_logits, self.temperature)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         if self.leaf is not None and self.waits and not self.leaf.has_gradient:
-            self.leaf.refresh()  # for compiled forwards; others look
+            self.leaf.prepare()
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()

@@ -20,9 +20,19 @@ from ._ops import ops
 _LEAVES: weakref.WeakValueDictionary[int, MaskedLeaf] = weakref.WeakValueDictionary()
 _raw_grad: Any = torch.Tensor.grad
 _raw_data: Any = torch.Tensor.data
-_REPLACED = (
+REPLACED = (
     "the masked weight that this forward ran on has been replaced since: run backward before optimizer.step(), before "
     "a change of temperature, execution, dtype or optimizer, and with one dtype for a layer between two steps"
+)
+LEAN_ELSE = "; lean=False keeps gradients until step(), at 4 more bytes per weight in bf16 and 8 in fp32"
+SECOND = (
+    "a second gradient came for mask logits that were stepped inside backward: in lean mode call optimizer.step() "
+    "after each backward, without gradient accumulation, and checkpoint layers that are used twice with "
+    "use_reentrant=False" + LEAN_ELSE
+)
+_LATE = (
+    "the gradient of l0 came after layers had been stepped inside backward: in lean mode take circuit.l0() after the "
+    "forward whose loss it is added to, and run one backward for their sum; or give the optimizer lean=False"
 )
 _CHANGED = (
     "{what} changed after a backward whose gradient still waits for the optimizer: call optimizer.step() or "
@@ -48,13 +58,14 @@ class DeferredLogits(nn.Parameter):
     def grad(self) -> Tensor | None:
         leaf = leaf_of(self)
         if leaf is not None:
-            leaf.flush()
+            leaf.reveal()
         return _raw_grad.__get__(self)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         leaf = leaf_of(self)
         if leaf is not None:
+            leaf.check_clearable()
             leaf.discard()
         _raw_grad.__set__(self, value)
 
@@ -101,14 +112,18 @@ class LeafGroup:
         dl0s: the gradients of the sums that wait; None where there are none.
         counts: int64 ``(leaves, 2)``, kept and undecided weights as the last step left them; None before it.
         optimizer: a weak reference to the optimizer.
+        param_group: which of the optimizer's parameter groups the logits are in.
     """
 
-    def __init__(self, leaves: list[MaskedLeaf], optimizer: Any) -> None:
-        self.leaves = leaves
+    counts: Tensor | None
+    _known_counts: dict[int, Tensor]  # by index of the leaf
+
+    def __init__(self, leaves: list[MaskedLeaf], optimizer: Any, param_group: int) -> None:
+        self.leaves, self.param_group = leaves, param_group
         self.optimizer = weakref.ref(optimizer)
         with torch.inference_mode(False):
             self._memory = torch.zeros(len(leaves), device=leaves[0].mask_logits.device)
-        self.counts: Tensor | None = None
+        self.forget_counts()
         self.dl0s: Tensor | None = None
         self._parts: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
         self.has_new_l0s()
@@ -133,6 +148,20 @@ class LeafGroup:
             self._memory.copy_(l0s)
         self.has_new_l0s()
 
+    def set_counts(self, index: int, counts: Tensor) -> None:
+        """Those of one leaf: of no use before all of them are known."""
+        if self.counts is not None:
+            self.counts[index] = counts
+            return
+        self._known_counts[index] = counts
+        if len(self._known_counts) == len(self.leaves):
+            self.counts = torch.stack([self._known_counts[i] for i in range(len(self.leaves))])
+
+    def forget_counts(self) -> None:
+        """Masks have changed, and nobody has counted."""
+        self.counts = None
+        self._known_counts = {}
+
     def l0(self) -> Tensor:
         """The sum over all leaves, 0-d, whose gradient waits with those of the masked weights."""
         if not torch.compiler.is_compiling():
@@ -142,8 +171,10 @@ class LeafGroup:
 
     def _note_dl0(self, l0s: Tensor) -> None:
         grad, l0s.grad = l0s.grad, None
+        if any(leaf.spent for leaf in self.leaves):
+            raise RuntimeError(SECOND if l0s is self.l0s else _LATE)
         if l0s is not self.l0s:
-            raise RuntimeError(_REPLACED)
+            raise RuntimeError(REPLACED)
         self.dl0s = grad if self.dl0s is None or grad is None else self.dl0s + grad
         for leaf in self.leaves:
             if leaf.group is self:
@@ -178,7 +209,7 @@ def whole_groups(leaves: list[MaskedLeaf]) -> list[LeafGroup]:
     ]
 
 
-def _wide(total: Tensor) -> Tensor:
+def wide(total: Tensor) -> Tensor:
     """A sum in fp32 or higher: many gradients of 16 bits are not added up in 16."""
     return total.float() if total.dtype.itemsize < 4 else total
 
@@ -197,7 +228,11 @@ class MaskedLeaf:
             tensor of the same memory each time that it changes.
         group, index: what the leaf belongs to, and its place there; None and 0 until an optimizer takes it.
         dl0_waits: whether a gradient of the group's l0 waits that this layer's logits have not had yet.
+        is_lean, spent: see ``lean.LeanLeaf``.
     """
+
+    is_lean = False
+    spent = False
 
     def __init__(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor, scale: float) -> None:
         self.scale = scale
@@ -245,6 +280,10 @@ class MaskedLeaf:
         """Bring masked weight and l0 up to date where logits or temperature have changed."""
         self.current(self.weight.dtype if self.value is None else self.value.dtype)
 
+    def prepare(self) -> None:
+        """``refresh`` for compiled forwards, which do not look."""
+        self.refresh()
+
     def _state(self, dtype: torch.dtype) -> Any:
         weight, logits, temperature = self.weight, self.mask_logits, self.temperature
         return (
@@ -265,7 +304,7 @@ class MaskedLeaf:
         assert self.group is not None
         if self._key is None or self._key[1:] != self._state(dtype)[1:]:  # more has changed than the dtype
             self.group.set_l0(self.index, l0)
-            self.group.counts = None
+            self.group.forget_counts()
         self.has_new_value(old)
 
     def has_new_value(self, memory: Tensor) -> None:
@@ -296,11 +335,11 @@ class MaskedLeaf:
         grad = value.grad
         if value is not self.value:
             value.grad = None
-            raise RuntimeError(_REPLACED)
+            raise RuntimeError(REPLACED)
         if grad is None or (self._sum is None and grad.dtype.itemsize >= 4):
             return
         value.grad = None
-        self._sum = grad if self._sum is None else _wide(self._sum).add_(grad)
+        self._sum = grad if self._sum is None else wide(self._sum).add_(grad)
 
     def receive_product(self, value: Tensor, a: Tensor, b: Tensor) -> None:
         """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called without gradients.
@@ -309,7 +348,7 @@ class MaskedLeaf:
             RuntimeError: the forward ran on another masked weight than there is now.
         """
         if value is not self.value:
-            raise RuntimeError(_REPLACED)
+            raise RuntimeError(REPLACED)
         total, value.grad = self.dmasked_weight, None
         narrow = value.dtype.itemsize < 4
         # One kernel multiplies 16-bit operands into a sum in fp32, where there is one.
@@ -319,7 +358,7 @@ class MaskedLeaf:
             self._has_several = False
             return
         self._has_several = True
-        self._sum = _wide(total)
+        self._sum = wide(total)
         if fused:
             torch.ops.aten.addmm.dtype_out(self._sum, a, b, torch.float32, out=self._sum)
         elif narrow:
@@ -349,6 +388,20 @@ class MaskedLeaf:
     def dl0(self) -> Tensor | None:
         """The gradient of this layer's l0 so far: 0-d."""
         return self.group.dl0(self.index) if self.group is not None and self.dl0_waits else None
+
+    def take_turn(self) -> None:
+        """Step the logits by what waits."""
+        raise NotImplementedError
+
+    def end_step(self) -> None:
+        """The optimizer's ``step()`` is over."""
+
+    def reveal(self) -> None:
+        """Called when ``mask_logits.grad`` is read."""
+        self.flush()
+
+    def check_clearable(self) -> None:
+        """Raise where what there was of a gradient cannot be taken back."""
 
     def check_unchanged(self) -> None:
         """Raise unless what waits belongs to the weight, logits and temperature as they are now."""

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.optim.sgd import sgd
 
 from ._ops import ops
-from .masked_layer import layers_of
+from .masked_layer import in_several_processes, layers_of
 from .masked_leaf import LeafGroup, MaskedLeaf, grad_so_far, leaf_of
 
 
@@ -26,13 +26,14 @@ def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             leaf = leaf_of(param)
-            if leaf is None or leaf.group is None or not leaf.has_gradient:
+            if leaf is None or leaf.group is None or not (leaf.has_gradient or leaf.spent):
                 continue
             owner = leaf.group.optimizer()
             if owner is not None and owner is not optimizer:
+                what = "lean mode uses up" if leaf.is_lean else "per_step execution keeps"
                 raise RuntimeError(
-                    f"these mask logits belong to another optimizer, {type(owner).__name__}, whose per_step execution "
-                    f"keeps their gradients; step that one, or call circuit.set_execution('auto') to go on with "
+                    f"these mask logits belong to another optimizer, {type(owner).__name__}, whose {what} their "
+                    f"gradients; step that one, or call circuit.set_execution('auto') to go on with "
                     f"{type(optimizer).__name__}"
                 )
 
@@ -43,41 +44,58 @@ register_optimizer_step_pre_hook(_refuse_other_optimizers)
 class _MaskOptimizer(Optimizer):
     """What both share: which layers wait, clipping, and telemetry."""
 
-    def __init__(self, params: Any, defaults: dict[str, Any], max_grad_norm: float | None) -> None:
+    # In lean mode clipping is one step late: a norm is known when all layers have been stepped.
+    _turn_norms: list[Tensor]
+    _last_factor: Tensor | None
+
+    def __init__(self, params: Any, defaults: dict[str, Any], max_grad_norm: float | None, lean: bool) -> None:
+        if not isinstance(lean, bool):
+            raise TypeError(f"lean must be True or False, got {lean!r}")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, or None not to clip, got {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm, self.lean = max_grad_norm, lean
         self.grad_norm: Tensor | None = None
+        self._begin_turns()
         super().__init__(params, defaults)
         self._groups: list[LeafGroup] = []
-        self._take_layers(self.param_groups)
+        self._take_layers()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "_groups" in vars(self):  # not while it is built
-            self._take_layers(self.param_groups[-1:])
+            self._take_layers(len(self.param_groups) - 1)
 
-    def _take_layers(self, param_groups: list[dict[str, Any]]) -> None:
+    def _take_layers(self, first: int = 0) -> None:
         """Put the layers of the parameters in ``per_step`` execution; those of another optimizer change hands."""
-        for group in param_groups:
-            leaves = [layer.wait_for_step() for layer in layers_of(group["params"]) if layer.can_wait]
-            self._groups += [LeafGroup(those, self) for those in _by_device(leaves)]
+        if self.lean and in_several_processes():
+            raise RuntimeError(
+                "lean mode steps layers before the gradients of several processes are averaged: give the optimizer "
+                "lean=False"
+            )
+        for i, group in list(enumerate(self.param_groups))[first:]:
+            leaves = [layer.wait_for_step(self.lean) for layer in layers_of(group["params"]) if layer.can_wait]
+            self._groups += [LeafGroup(those, self, i) for those in _by_device(leaves)]
         for leaf in self.leaves:
             if leaf.value is None:
                 leaf.refresh()  # made here, a compiled forward finds it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "lean": self.lean}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_groups" not in vars(self):  # unpickled or copied
             self.grad_norm, self._groups = None, []
-            self._take_layers(self.param_groups)
+            self._begin_turns()
+            self._take_layers()
 
     @property
     def leaves(self) -> list[MaskedLeaf]:
         return [leaf for group in self._groups for leaf in group.leaves]
+
+    def _own_leaves(self) -> list[MaskedLeaf]:
+        """Those that no other optimizer has taken over."""
+        return [leaf for leaf in self.leaves if leaf.group is not None and leaf.group.optimizer() is self]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Those of ``torch.optim``'s namesake load, too.
@@ -94,6 +112,8 @@ class _MaskOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, those too that wait for this optimizer."""
+        for leaf in self._own_leaves():
+            leaf.check_clearable()
         for group in self._groups:
             group.discard()
         super().zero_grad(set_to_none)
@@ -105,13 +125,16 @@ class _MaskOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        mine = {id(leaf) for leaf in self.leaves if leaf.group is not None and leaf.group.optimizer() is self}
+        mine = self._own_leaves()
         if self.leaves and not mine:
             raise RuntimeError("another optimizer has taken over the layers of this one: make a new one, or step that")
-        for leaf in self.leaves:
-            if leaf.has_gradient:
+        for leaf in mine:
+            if leaf.has_gradient or leaf.spent:
                 leaf.check_unchanged()
-        parts = [self._parts(group, mine) for group in self.param_groups]
+        if self.lean:
+            self._take_turns_left(mine)
+        own = {id(leaf) for leaf in mine}
+        parts = [self._parts(group, own) for group in self.param_groups]
         factor = self._clip(parts)
         for group, (waiting, others) in zip(self.param_groups, parts, strict=True):
             if factor is not None:
@@ -121,6 +144,8 @@ class _MaskOptimizer(Optimizer):
                 self._step_tensors(group, others)
             for leaves in _by_device(waiting):
                 self._step_leaves(group, leaves, factor)
+        for leaf in mine:
+            leaf.end_step()
         return loss
 
     def _parts(self, group: dict[str, Any], mine: set[int]) -> tuple[list[MaskedLeaf], list[nn.Parameter]]:
@@ -128,7 +153,7 @@ class _MaskOptimizer(Optimizer):
         waiting, others = [], []
         for param in group["params"]:
             leaf = leaf_of(param)
-            if leaf is not None and id(leaf) in mine and leaf.value is not None:
+            if leaf is not None and id(leaf) in mine and (leaf.value is not None or leaf.is_lean):
                 if leaf.has_gradient or grad_so_far(param) is not None:
                     waiting.append(leaf)
             elif param.grad is not None:
@@ -142,11 +167,16 @@ class _MaskOptimizer(Optimizer):
         norms = [torch.linalg.vector_norm(p.grad) for _, others in parts for p in others]
         for waiting, _ in parts:
             norms += [ops.mask_grad_norms(*_gradient_arguments(leaves)) for leaves in _by_device(waiting)]
+        norms += self._turn_norms
         if not norms:
             return None
         device = norms[0].device
         self.grad_norm = torch.linalg.vector_norm(torch.cat([n.reshape(-1).to(device) for n in norms]))
-        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        if not self.lean:
+            return factor
+        last, self._turn_norms, self._last_factor = self._last_factor, [], factor
+        return last
 
     def _step_leaves(self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None) -> None:
         factor = factor if factor is None else factor.to(leaves[0].weight.device)
@@ -167,8 +197,26 @@ class _MaskOptimizer(Optimizer):
             # Some had no gradient. One by one: a list of indexes would have to come from the host.
             for i, leaf in enumerate(leaves):
                 owner.set_l0(leaf.index, l0s[i])
-                if owner.counts is not None:
-                    owner.counts[leaf.index] = counts[i]
+                owner.set_counts(leaf.index, counts[i])
+
+    # Lean mode
+
+    def _begin_turns(self) -> None:
+        self._turn_norms, self._last_factor = [], None
+
+    def step_leaf(self, leaf: MaskedLeaf) -> None:
+        """A layer's turn within backward: what ``step`` does, of one layer."""
+        assert leaf.group is not None
+        if self.max_grad_norm is not None:
+            self._turn_norms.append(ops.mask_grad_norms(*_gradient_arguments([leaf])))
+        self._step_leaves(self.param_groups[leaf.group.param_group], [leaf], self._last_factor)
+
+    def _take_turns_left(self, leaves: list[MaskedLeaf]) -> None:
+        """Those of layers that have a gradient and had no turn: of l0 alone, of fewer uses than forward had."""
+        for leaf in leaves:
+            logits = leaf.mask_logits
+            if leaf.has_gradient or (leaf_of(logits) is leaf and grad_so_far(logits) is not None):
+                leaf.take_turn()
 
     def telemetry(self) -> dict[str, float]:
         """``l0``, ``kept_fraction`` and ``undecided_fraction`` of layers in ``per_step`` execution, as they are now.
@@ -251,9 +299,19 @@ class MaskAdamW(_MaskOptimizer):
         max_grad_norm: clip the norm of all gradients to it, as ``torch.nn.utils.clip_grad_norm_`` does, at a pass over
             the gradients; that function works too, at the cost of ``per_forward`` execution.
         maximize: go up.
+        lean: step each layer inside backward, as soon as its gradient is complete: neither masked weights nor
+            gradients stay in memory, only weights, logits and states (14 bytes per weight where weights are bf16).
+            ``step()`` ends the step. The learning rate is that at the time of backward; schedulers that run after
+            ``step()`` work as ever. ``max_grad_norm`` clips by the norm of the step before, and the first step not at
+            all. Raises, with what to do: several backwards per step (gradient accumulation needs ``lean=False``: 4
+            more bytes per weight in bf16, 8 in fp32), to clear gradients before ``step()``, to look at them where
+            ``max_grad_norm`` is not given (where it is, infinity or not, there are none to be seen: what others clip
+            is for it to do), l0 whose gradient comes after the layers', several processes. Neuron masks, masked
+            biases, logits with hooks and layers whose base is trained too keep ordinary gradients.
 
     Raises:
         ValueError: a setting out of its range.
+        TypeError: ``lean`` that is no bool.
         RuntimeError: in ``step``, weights, logits or temperature that changed since backward.
     """
 
@@ -267,6 +325,7 @@ class MaskAdamW(_MaskOptimizer):
         *,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        lean: bool = False,
     ) -> None:
         _check_settings(lr, weight_decay)
         for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
@@ -275,7 +334,7 @@ class MaskAdamW(_MaskOptimizer):
         if not eps >= 0.0:
             raise ValueError(f"eps must be >= 0, got {eps}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, max_grad_norm, lean)
 
     def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
         state = self.state[param]
@@ -312,7 +371,7 @@ class MaskSGD(_MaskOptimizer):
     Formulas and states are those of ``torch.optim.SGD``; ``step`` uses gradients up, as ``MaskAdamW``'s.
 
     Args:
-        params, max_grad_norm, maximize: as in ``MaskAdamW``.
+        params, max_grad_norm, maximize, lean: as in ``MaskAdamW``.
         lr: learning rate, a number or a 0-d tensor.
         momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``.
 
@@ -332,6 +391,7 @@ class MaskSGD(_MaskOptimizer):
         *,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        lean: bool = False,
     ) -> None:
         _check_settings(lr, weight_decay)
         if not momentum >= 0.0:
@@ -342,7 +402,7 @@ class MaskSGD(_MaskOptimizer):
             "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
             "nesterov": nesterov, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, max_grad_norm)
+        super().__init__(params, defaults, max_grad_norm, lean)
 
     def _state_of(self, group: dict[str, Any], param: nn.Parameter) -> dict[str, Any]:
         state = self.state[param]

@@ -118,11 +118,18 @@ def _per_step(w: int, several: bool) -> Bytes:
     return Bytes(w, _FP32, dmasked_weight, w, _ADAMW, 0, transient)
 
 
-WAYS: dict[str, Callable[[int, bool], Bytes]] = {
+def _lean(w: int, several: bool) -> Bytes | None:
+    # Neither dWm nor Wm but of the layer whose turn it is; a second gradient in one step is refused.
+    return None if several else Bytes(w, _FP32, 0, 0, _ADAMW, 0, transient=2 * w)
+
+
+# None where a way cannot have several micro-batches.
+WAYS: dict[str, Callable[[int, bool], Bytes | None]] = {
     "eager PyTorch (NeuroSurgeon)": _eager,
     "torch.compile": _compiled,
     "per_forward": _per_forward,
     "per_step (MaskAdamW)": _per_step,
+    "lean (MaskAdamW, lean=True)": _lean,
 }
 _COLUMNS = ("weight", "logits", "gradient", "masked_weight", "states", "saved", "resident", "transient")
 _TITLES = ("W", "S", "dS or dWm", "Wm", "AdamW", "saved", "sum", "transient")
@@ -264,7 +271,9 @@ def report(sizes: Sizes, gpus: Iterable[float] = GPUS, micro_batches: int = 1, a
     _check_size("--activations", activations, activations >= 0, "0 or more")
     if micro_batches < 1:
         raise ValueError(f"--micro-batches must be 1 or more, got {micro_batches}")
-    needs = {name: way(sizes.itemsize, micro_batches > 1) for name, way in WAYS.items()}
+    found = {name: way(sizes.itemsize, micro_batches > 1) for name, way in WAYS.items()}
+    needs = {name: needed for name, needed in found.items() if needed is not None}
+    left_out = [f"{name} has one micro-batch per step." for name in found if name not in needs]
     per_weight = [["bytes per masked weight", *_TITLES]]
     per_weight += [[name, *(f"{getattr(n, column):g}" for column in _COLUMNS)] for name, n in needs.items()]
     totals = [["all together", "GiB", *(f"in {gpu:g} GiB" for gpu in gpus)]]
@@ -279,6 +288,7 @@ def report(sizes: Sizes, gpus: Iterable[float] = GPUS, micro_batches: int = 1, a
         "",
         *_table(per_weight),
         "Of every layer at once, but transient: of one layer at a time, at most of the largest.",
+        *left_out,
         "",
         *_table(totals),
         "",

@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCH))
 import cases  # noqa: E402 - bench holds scripts, not a package
 import linear_providers  # noqa: E402
 import linear_training  # noqa: E402
+import memory  # noqa: E402
 import memory_meter  # noqa: E402
 import mode_bandwidth  # noqa: E402
 import mode_end_to_end  # noqa: E402
@@ -384,6 +385,37 @@ def test_what_layers_in_a_row_hold_together_shows_in_their_scratch(tmp_path):
     for name in ("per_forward", "in_kernel"):
         assert several[name] < one[name] + 1
     assert several["compile"] > one["compile"] + 3 * 8 - 1
+
+
+def test_bytes_per_masked_weight_of_every_way_of_training(tmp_path, capsys):
+    """As derived from the tensors of each way, over so many layers that one's scratch is a fourth of a byte."""
+    assert memory.main(["--weights", "2.6e6", "--size", "256", "--quick", "--output", str(tmp_path)]) == 0
+    rows = table.read(tmp_path / "cpu_memory.csv")
+    x = "bf16, 40 layers of 256 x 256"
+    after, peak = (verdict.values(rows, memory.MODE, metric)[x] for metric in memory.MEMORY_METRICS)
+    # W and S; the states; what a way keeps: masks (eager), masked weights (per_forward, per_step)
+    expected = {"compile": 14, "per_forward": 16, "per_step": 16, "lean": 14}
+    if linear_providers.neurosurgeon():
+        expected["eager"] = 18
+    for way, size in expected.items():
+        assert float(after[way]) == pytest.approx(size, abs=0.5), way
+    assert float(peak["lean"]) == pytest.approx(14, abs=0.5)
+    assert float(peak["per_step"]) == pytest.approx(18, abs=0.5)
+    assert float(peak["per_forward"]) >= 20
+    printed = capsys.readouterr().out
+    assert f"| Bytes per masked weight, {x} | after a step | at the peak |" in printed
+    assert f"| lean | {float(after['lean']):.2f} | {float(peak['lean']):.2f} |" in printed
+
+
+def test_a_way_that_fails_is_said_and_the_others_are_measured(tmp_path, capsys, monkeypatch):
+    def broken(_layers):
+        raise ValueError("no such way")
+
+    monkeypatch.setattr(linear_providers.Layers, "lean_providers", lambda layers: {"lean": lambda: broken(layers)})
+    arguments = ["--weights", "1", "--size", "32", "--quick", "--output", str(tmp_path)]
+    assert memory.main(arguments) == 1
+    assert "FAILED lean: ValueError: no such way" in capsys.readouterr().err
+    assert {row["provider"] for row in table.read(tmp_path / "cpu_memory.csv")} >= {"per_forward", "per_step"}
 
 
 def test_percent_of_copy_and_the_roof_by_hand():

@@ -154,6 +154,27 @@ def test_check_finds_an_edited_table_and_writes_nothing(reported, capsys):
     assert readme.read_text() == "no markers\n"
 
 
+def test_the_memory_table_has_markers_of_its_own(reported, capsys):
+    arguments, readme, path = reported
+    rows = [row("training", way, "some layers", value, metric)
+            for way, values in (("eager", (18, 24)), ("lean", (14, 14.2)))
+            for metric, value in zip(readme_table.MEMORY_METRICS, values, strict=True)]  # fmt: skip
+    path.with_name("cpu_memory.csv").write_text(table._text(rows))
+    assert report.main(arguments) == 1  # no such markers
+    first, last = readme_table.MEMORY_MARKERS
+    readme.write_text(f"{first}\n{last}\n{readme.read_text()}")
+    assert report.main(arguments) == 0
+    assert readme_table.between(readme.read_text(), (first, last)).splitlines() == [
+        "| Bytes per masked weight, some layers | after a step | at the peak |", "| --- | --: | --: |",
+        "| eager | 18.00 | 24.00 |", "| lean | 14.00 | 14.20 |",
+    ]  # fmt: skip
+    assert report.main([*arguments, "--check"]) == 0
+    readme.write_text(readme.read_text().replace("14.20", "14.10"))
+    capsys.readouterr()
+    assert report.main([*arguments, "--check"]) == 1
+    assert "differs from" in capsys.readouterr().err
+
+
 def test_a_report_needs_rows(tmp_path, capsys):
     assert report.main(["--csv", str(tmp_path / "none.csv"), "--check"]) == 1
     assert "python bench/run.py" in capsys.readouterr().err

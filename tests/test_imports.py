@@ -26,6 +26,7 @@ LEVELS = [
     {"_ops"},
     # ablation lies below layers, whose forward uses it
     {"ablation", "autograd", "cost", "masked_leaf", "masked_weight"},
+    {"lean"},
     {"functional", "leaf_linear"},
     {"masked_layer"},
     {"layers", "schedule", "testing", "recompute", "loss"},
