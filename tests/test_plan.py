@@ -256,7 +256,7 @@ def test_options_reach_the_plan(tmp_path):
     assert "micro-batches per step: 2" in result.output
     assert "lean (MaskAdamW, lean=True) has one micro-batch per step." in result.output
     per_step = [line.split()[2:] for line in result.output.splitlines() if line.startswith("per_step")]
-    assert per_step == [["4", "4", "4", "4", "8", "0", "24", "4"], ["3.0", "does", "not", "fit", "fits"]]
+    assert per_step == [["4", "4", "4", "4", "8", "0", "24", "0"], ["3.0", "does", "not", "fit", "fits"]]
 
 
 def test_list():
