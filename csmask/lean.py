@@ -54,7 +54,7 @@ class LeanLeaf(MaskedLeaf):
         self.spent = False
         self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
         with torch.inference_mode(False):
-            self.anchor = torch.zeros((), requires_grad=True)
+            self.anchor = torch.zeros((), device=weight.device, requires_grad=True)
         # What a backward does to logits and optimizer is none of a compiled graph's business.
         self.apply = torch.compiler.disable(LeanOp.apply)
 

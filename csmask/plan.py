@@ -111,11 +111,11 @@ def _per_forward(w: int, several: bool) -> Bytes:
 
 
 def _per_step(w: int, several: bool) -> Bytes:
-    # No dS: dWm waits for the optimizer, whose pass needs nothing else. In transit, of several micro-batches in 16 bits:
-    # the first dWm while it becomes a sum in fp32, or on a CPU the new one and an fp32 copy of it; products of linear
-    # layers add to an fp32 sum themselves.
+    # No dS: dWm waits for the optimizer, whose pass needs nothing else. In transit, of several micro-batches in 16
+    # bits: the first dWm, the new one, and on a CPU an fp32 copy of it. In fp32 a linear layer's product adds to what
+    # waits.
     dmasked_weight = _FP32 if several else w
-    transient = 0 if not several or w == _FP32 else 2 * w + _FP32
+    transient = 2 * w + _FP32 if several and w < _FP32 else 0
     return Bytes(w, _FP32, dmasked_weight, w, _ADAMW, 0, transient)
 
 

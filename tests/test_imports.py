@@ -29,7 +29,7 @@ LEVELS = [
     {"lean"},
     {"functional", "leaf_linear"},
     {"masked_layer"},
-    {"layers", "schedule", "testing", "recompute", "loss"},
+    {"layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
     {"surgery"},
     {"checkpoint"},
     {"circuit"},

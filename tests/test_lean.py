@@ -232,7 +232,7 @@ def test_a_checkpointed_layer_that_is_used_twice_is_right_or_refused(use_reentra
 def test_a_compiled_circuit_trains_alike():
     torch.compiler.reset()
     (got, mine), (want, theirs) = pair()
-    compiled = torch.compile(got, backend="eager")
+    compiled = torch.compile(got, backend="aot_eager")
     losses, expected = [], []
     for circuit, call, optimizer, into in ((got, compiled, mine, losses), (want, want, theirs, expected)):
         for step in range(6):
