@@ -109,6 +109,21 @@ def verdict_of(rows: Rows) -> str:
 # Text
 
 
+def training_of(rows: Rows) -> str:
+    """Steps of models of users' sizes, by way to train the masks: what does not fit has no figures."""
+    lines = []
+    for kernel in dict.fromkeys(row["kernel"] for row in rows if row["mode"] == "training"):
+        fits, times = values(rows, "training", "fits", kernel), values(rows, "training", "time", kernel)
+        rates, peaks = values(rows, "training", "rate", kernel), values(rows, "training", "peak memory", kernel)
+        for x, ways in fits.items():
+            for way, does in ways.items():
+                figures = ["does not fit", "", ""]
+                if does:
+                    figures = [f"{peaks[x][way]:.1f} GiB", f"{times[x][way]:.0f} ms", f"{rates[x][way]:.0f}"]
+                lines.append([f"{way} ({kernel}, {x})", *figures])
+    return markdown(["Masks on every linear layer", "peak memory", "a step", "tokens/s"], lines) if lines else ""
+
+
 def about(rows: Rows) -> str:
     row = rows[0]
     text = (
@@ -186,7 +201,7 @@ def models_of(rows: Rows) -> list[str]:
 def short(rows: Rows, plot: str) -> str:
     """What the README says."""
     parts = [about(rows), table_of(rows, "forward+backward", f"{MODES['forward+backward']}, M x N x K", README_COLUMNS)]
-    parts += [f"![Time over dense, by shape]({plot})", verdict_of(rows)]
+    parts += [training_of(rows), f"![Time over dense, by shape]({plot})", verdict_of(rows)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -194,7 +209,13 @@ def whole(rows: Rows, plot: str) -> str:
     """docs/performance.md."""
     parts = ["# Performance on a GPU", f"Written by `python bench/gpu_report.py`. {''}".strip(), about(rows)]
     parts += [table_of(rows, mode, f"{title}, M x N x K", COLUMNS) for mode, title in MODES.items()]
-    parts += [f"![Time over dense, by shape]({plot})", elementwise_of(rows), *models_of(rows), memory_of(rows)]
+    parts += [
+        f"![Time over dense, by shape]({plot})",
+        elementwise_of(rows),
+        *models_of(rows),
+        training_of(rows),
+        memory_of(rows),
+    ]
     parts += [verdict_of(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

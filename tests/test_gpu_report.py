@@ -1,0 +1,90 @@
+"""The GPU's tables say what its CSV says, and which targets that meets."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+sys.path.insert(0, str(BENCH))
+
+import gpu_report  # noqa: E402 - bench holds scripts, not a package
+from gpu_results import COLUMNS  # noqa: E402
+
+CSV = BENCH / "results" / "NVIDIA_H200.csv"
+
+
+def row(provider, mode, value, x="M=16 N=64 K=32", metric="time", kernel="masked_linear"):
+    filled = dict.fromkeys(COLUMNS, "")
+    return {**filled, "kernel": kernel, "provider": provider, "mode": mode, "metric": metric, "x": x, "value": value,
+            "gpu": "a GPU", "time": "2026-01-01T00:00:00Z", "version": "commit abc"}  # fmt: skip
+
+
+TIMES = {"dense": 2.0, "eager": 30.0, "compile": 7.0, "per_step": 2.1, "per_forward": 6.0, "per_forward kept": 5.0,
+         "in_kernel": 7.5, "neuron": 1.2}  # fmt: skip
+
+
+def test_readme_and_page_are_what_the_csv_gives():
+    assert CSV.is_file()
+    assert gpu_report.main(["--check"]) == 0
+
+
+def test_every_figure_of_the_csv_is_of_the_device_in_its_name():
+    with CSV.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["gpu"] for r in rows} == {"NVIDIA H200"}
+    assert {r["kernel"] for r in rows} >= {"masked_linear", "mask_adamw_", "materialize", "copy", "llama", "llama-3-8b"}
+
+
+def test_targets_are_ratios_of_one_measurement():
+    rows = [row(name, "forward+backward", ms) for name, ms in TIMES.items()]
+    found = {t.what: t for t in gpu_report.targets(rows)}
+    expected = {
+        "per_step / dense": (1.05, False), "eager / per_step": (30 / 2.1, True), "compile / per_step": (7 / 2.1, True),
+        "neuron / dense": (0.6, True), "in_kernel / per_forward": (1.25, False),
+    }  # fmt: skip
+    assert {what: (t.reached, t.met) for what, t in found.items()} == {
+        what: (pytest.approx(ratio), met) for what, (ratio, met) in expected.items()
+    }
+
+
+@pytest.mark.parametrize(("m", "wanted"), [(16, 3.3), (128, 3.3), (1024, 1.45), (8192, 1.07), (32768, None)])
+def test_bounds_go_by_tokens(m, wanted):
+    rows = [row(name, "forward+backward", ms, x=f"M={m} N=64 K=32") for name, ms in TIMES.items()]
+    bounds = {t.what: t.bound for t in gpu_report.targets(rows)}
+    assert bounds.get("compile / per_step") == wanted
+    assert ("in_kernel / per_forward" in bounds) == (m <= 256)
+
+
+def test_percentages_are_at_least():
+    rows = [row("csmask", "elementwise", percent, metric="of copy", kernel=kernel)
+            for kernel, percent in (("materialize", 91.9), ("mask_adamw_", 92.0))]  # fmt: skip
+    assert {t.what: t.met for t in gpu_report.targets(rows)} == {
+        "materialize of copy": False,
+        "mask_adamw_ of copy": True,
+    }
+
+
+def test_what_does_not_fit_has_no_figures():
+    rows = [row("lean", "training", 1.0, "1 x 8 tokens", "fits", "m"), row("eager", "training", 0.0, "1 x 8 tokens", "fits", "m"),
+            row("lean", "training", 12.3, "1 x 8 tokens", "time", "m"), row("lean", "training", 650.4, "1 x 8 tokens", "rate", "m"),
+            row("lean", "training", 60.05, "1 x 8 tokens", "peak memory", "m")]  # fmt: skip
+    lines = gpu_report.training_of(rows).splitlines()[2:]
+    assert lines == [
+        "| lean (m, 1 x 8 tokens) | 60.0 GiB | 12 ms | 650 |",
+        "| eager (m, 1 x 8 tokens) | does not fit |  |  |",
+    ]
+
+
+def test_what_is_missed_is_named_with_its_figure():
+    text = gpu_report.verdict_of([row(name, "forward+backward", ms) for name, ms in TIMES.items()])
+    assert text.startswith("3 of 5 targets are met.")
+    assert "per_step / dense: 1.05x of 1.01x" in text.replace("\n", " ")
+
+
+def test_without_a_csv_it_says_what_to_run(tmp_path, capsys):
+    assert gpu_report.main(["--csv", str(tmp_path / "none.csv")]) == 1
+    assert "gpu_suite.py" in capsys.readouterr().err
