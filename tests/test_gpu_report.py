@@ -69,9 +69,9 @@ def test_percentages_are_at_least():
 
 
 def test_what_does_not_fit_has_no_figures():
-    rows = [row("lean", "training", 1.0, "1 x 8 tokens", "fits", "m"), row("eager", "training", 0.0, "1 x 8 tokens", "fits", "m"),
-            row("lean", "training", 12.3, "1 x 8 tokens", "time", "m"), row("lean", "training", 650.4, "1 x 8 tokens", "rate", "m"),
-            row("lean", "training", 60.05, "1 x 8 tokens", "peak memory", "m")]  # fmt: skip
+    figures = [("lean", 1.0, "fits"), ("eager", 0.0, "fits"), ("lean", 12.3, "time"), ("lean", 650.4, "rate"),
+               ("lean", 60.05, "peak memory")]  # fmt: skip
+    rows = [row(way, "training", value, "1 x 8 tokens", metric, "m") for way, value, metric in figures]
     lines = gpu_report.training_of(rows).splitlines()[2:]
     assert lines == [
         "| lean (m, 1 x 8 tokens) | 60.0 GiB | 12 ms | 650 |",
