@@ -3,7 +3,7 @@
 A saved circuit is two files. ``circuit.json`` holds the config, the temperature, a fingerprint of the base with each
 masked layer's base weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing
 ``circuit.json`` is the one step that makes a save take effect, so a save cut short at any point leaves the previous
-one whole.
+one whole. A circuit with an ``l0_target`` adds the state of the controller of its lambda.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import CircuitConfig
+from .density import check_state
 from .functional import check_temperature
 from .layers import MaskedLayer, mask_shapes, unmask_layer
 from .surgery import enable_fused_encoder_layer, find_targets, module_names
@@ -92,6 +93,8 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
         "rest_sha256": rest_fingerprint(circuit.wrapped_model, circuit.masked_layers.values()),
         "layers": {name: fingerprint(layer) for name, layer in circuit.masked_layers.items()},
     }
+    if circuit.l0_control is not None:
+        content["l0_control"] = circuit.l0_control.state()
     if not circuit.circuit_config.freeze_base:
         warnings.warn(
             "the base was trained too (freeze_base=False), and a saved circuit holds masks only: "
@@ -114,6 +117,7 @@ def load_circuit(
     content, masks = _read(path)
     config = CircuitConfig.from_dict(content["circuit_config"])
     temperature = check_temperature(content["temperature"])
+    control = None if config.l0_target is None else check_state(content.get("l0_control"))
     targets = find_targets(model, config.target_layers)
     _check_base_model(targets, content["layers"], check_base)
     if check_base and rest_fingerprint(model, targets.values()) != content["rest_sha256"]:
@@ -127,6 +131,8 @@ def load_circuit(
         for name, param in circuit.named_mask_parameters():
             param.copy_(masks[name])
     circuit.temperature = temperature
+    if circuit.l0_control is not None and control is not None:
+        circuit.l0_control.load_state(control)
     return circuit.eval()
 
 
@@ -215,7 +221,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"load it with the csmask that wrote it ({content.get('csmask_version')})"
         )
     digest = content.pop("sha256", None)
-    if set(content) != _KEYS or digest != _digest(content):
+    if set(content) - {"l0_control"} != _KEYS or digest != _digest(content):
         raise ValueError(f"{file} was edited or damaged after it was saved: its digest does not match")
     masks = path / Path(content["masks_file"]).name
     if not masks.is_file():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
+from .density import START, DensityControl
 from .functional import check_temperature
 from .layers import MaskedLayer, check_execution
 from .loss import add_to_loss, gives_labels
@@ -85,6 +86,7 @@ class CircuitModel(nn.Module):
             self._checkpointable = checkpointable_layers(model)
             self._set_ablation(config.mask_hparams["ablation"], 0)
             self.train()
+            self.l0_control = self._new_l0_control()
         except BaseException:
             self._restore_base(targets.values())
             raise
@@ -92,7 +94,11 @@ class CircuitModel(nn.Module):
     # Running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward; in train mode its loss, if it returns one, gains ``l0_lambda * l0``."""
+        """The base model's forward; in train mode its loss, if it returns one, gains ``l0_lambda * l0``.
+
+        Raises:
+            RuntimeError: the config has an ``l0_target``, and nothing drives lambda.
+        """
         layers = self._recomputing_layers()
         if layers:
             kwargs = self._without_cache(kwargs)
@@ -133,7 +139,7 @@ class CircuitModel(nn.Module):
         return kwargs
 
     def _l0_penalty(self) -> Tensor:
-        return self.circuit_config.l0_lambda * self.l0()
+        return self.l0_lambda * self.l0()
 
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
         """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics.
@@ -304,6 +310,69 @@ class CircuitModel(nn.Module):
             total = total + part.to(device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
+        return total
+
+    @property
+    def l0_lambda(self) -> float | Tensor:
+        """What multiplies ``l0()`` in the loss: the config's number, or with an ``l0_target`` a 0-d fp32 tensor.
+
+        Raises:
+            RuntimeError: nothing drives lambda to the ``l0_target``.
+        """
+        if self.l0_control is None:
+            return self.circuit_config.l0_lambda
+        if not self.l0_control.driven:
+            raise RuntimeError(
+                f"l0_target is {self.circuit_config.l0_target}, but nothing drives lambda there: make a "
+                "TemperatureSchedule(circuit, total) before the first forward and step() it after each optimizer step "
+                "(or call circuit.steer_l0(progress) there)"
+            )
+        return self.l0_control.l0_lambda
+
+    def steer_l0(self, progress: float) -> None:
+        """Bring lambda nearer to where ``l0_target`` is met when the annealing ends; nothing without an ``l0_target``.
+
+        ``TemperatureSchedule`` calls it; a loop that sets the temperature itself calls it after an optimizer step,
+        before the temperature changes: 20 to 100 times, evenly. Weights are counted by the step of ``per_step``
+        execution, and by a pass over the logits elsewhere; nothing waits for the device.
+
+        Args:
+            progress: share of the annealing that is done, in [0, 1]; 0 before the first step.
+        """
+        if self.l0_control is None:
+            return
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must be in [0, 1], got {progress}")
+        self.l0_control.driven = True
+        if progress > 0:
+            maskable = sum(layer.maskable for layer in self.masked_layers.values())
+            self.l0_control.update(self._count() / maskable, progress)
+
+    def _new_l0_control(self) -> DensityControl | None:
+        """A controller whose lambda starts where keeping all weights adds ``START`` to the loss."""
+        config = self.circuit_config
+        if config.l0_target is None:
+            return None
+        maskable = sum(layer.maskable for layer in self.masked_layers.values())
+        start = START if config.l0_reduction == "mean" else START / max(1, maskable)
+        return DensityControl(config.l0_target, start, self._first_layer.mask_logits.device)
+
+    @torch.no_grad()
+    def _count(self) -> Tensor:
+        """``(kept, undecided)`` weights, int64 on the device."""
+        layers = list(self.masked_layers.values())
+        device = self._first_layer.mask_logits.device
+        total = torch.zeros(2, dtype=torch.int64, device=device)
+        counted = []
+        for group in whole_groups([layer.leaf for layer in layers if layer.leaf is not None and layer.waits]):
+            counts = group.counts_now()
+            if counts is not None:
+                counted.append(group)
+                total = total + counts.sum(0).to(device)
+        for layer in layers:
+            by_group = layer.leaf is not None and layer.leaf.group in counted
+            if not by_group or layer.bias_mask_logits is not None:
+                total = total + layer.count(weights=not by_group).to(device)
         return total
 
     def compute_l0_statistics(self) -> dict[str, Any]:

@@ -99,12 +99,17 @@ def demo(
     execution: Annotated[
         str, typer.Option(help='When masks are computed: "auto", or "reference" for plain PyTorch ...')
     ] = "auto",
+    l0_target: Annotated[float | None, typer.Option(help="Fraction of the weights to keep, such as 0.05.")] = None,
+    stop_undecided: Annotated[
+        float | None, typer.Option(help="Stop below this share of undecided weights, such as 0.001.")
+    ] = None,
 ) -> None:
     """Find the circuit that tells nouns from verbs in a pretrained MiniLM."""
     from .demo.noun_verb import run_command
 
     options: dict[str, Any] = {"seed": seed, "steps": steps, "output": output, "device": device, "resume": resume}
     options.update(mask_seeds=mask_seeds, control_head=control_head, execution=execution)
+    options.update(l0_target=l0_target, stop_undecided=stop_undecided)
     raise typer.Exit(run_command(**options))
 
 

@@ -24,6 +24,7 @@ ABLATION_MODES = (
 MASK_UNITS = ("weight", "neuron")
 EXECUTIONS = ("auto", "per_step", "per_forward", "in_kernel", "reference")
 L0_REDUCTIONS = ("sum", "mean")
+DEFAULT_L0_LAMBDA = 1e-8
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
 DEFAULT_HPARAMS: dict[str, Any] = {
@@ -49,10 +50,12 @@ class CircuitConfig:
             ``"all-linear"`` or ``"all"`` (both without the output head).
         freeze_base: freeze every base parameter, and keep dropout off and norm statistics fixed in train mode.
         add_l0: add ``l0_lambda * l0`` to any loss that the base's forward returns, in train mode.
-        l0_lambda: weight of the l0 term, >= 0.
+        l0_lambda: weight of the l0 term, >= 0; where lambda is driven by ``l0_target``, leave it out.
         execution: when the mask is computed: ``"auto"``, ``"per_step"``, ``"per_forward"``, ``"in_kernel"`` or
             ``"reference"`` (plain torch). They give the same numbers.
         l0_reduction: ``"sum"``, or ``"mean"``: divided by the number of maskable weights.
+        l0_target: fraction of the maskable weights, in (0, 1), to keep when the annealing ends: a
+            ``TemperatureSchedule`` then drives lambda along with the temperature. ``None`` for a fixed lambda.
 
     Raises:
         ValueError, TypeError: a value or a key that is not one of these.
@@ -64,9 +67,10 @@ class CircuitConfig:
     target_layers: list[str] | str = field(default_factory=list)
     freeze_base: bool = True
     add_l0: bool = True
-    l0_lambda: float = 1e-8
+    l0_lambda: float = DEFAULT_L0_LAMBDA
     execution: str = "auto"
     l0_reduction: str = "sum"
+    l0_target: float | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -85,8 +89,20 @@ class CircuitConfig:
         self.l0_lambda = _check_number("l0_lambda", self.l0_lambda)
         if self.l0_lambda < 0:
             raise ValueError(f"l0_lambda must be >= 0, got {self.l0_lambda}")
+        self._check_target()
         self.target_layers = _check_targets(self.target_layers)
         self.mask_hparams = _complete_hparams(self.mask_hparams)
+
+    def _check_target(self) -> None:
+        if self.l0_target is None:
+            return
+        self.l0_target = _check_number("l0_target", self.l0_target)
+        if not 0 < self.l0_target < 1:
+            raise ValueError(f"l0_target must be a fraction between 0 and 1, or None, got {self.l0_target}")
+        if self.l0_lambda != DEFAULT_L0_LAMBDA:
+            raise ValueError(
+                f"l0_target drives lambda itself, but l0_lambda is {self.l0_lambda}: leave l0_lambda out, or l0_target"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict, a deep copy."""

@@ -122,20 +122,21 @@ class MaskedLayer(nn.Module):
 
     def kept(self) -> int:
         """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
-        return self._counts()[0]
+        return int(self.count()[0])
 
     def undecided(self) -> int:
         """Number of weights (and masked bias terms) with ``|T * S| < 4``: their soft mask is neither 0 nor 1."""
-        return self._counts()[1]
+        return int(self.count()[1])
 
-    def _counts(self) -> tuple[int, int]:
-        """``(kept, undecided)``, in one pass over the logits."""
-        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
-        counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
+    def count(self, weights: bool = True) -> Tensor:
+        """int64 ``(kept, undecided)`` in one pass over the logits; only those of the bias with ``weights=False``."""
+        counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
+        if weights:
+            per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+            counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
         if self.bias_mask_logits is not None:
             counts = counts + self.ops.mask_sums(self.bias_mask_logits.detach(), self.temperature)[1]
-        kept, undecided = counts.tolist()
-        return kept, undecided
+        return counts
 
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""

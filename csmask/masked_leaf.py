@@ -169,6 +169,12 @@ class LeafGroup:
                 leaf.refresh()
         return self.l0s.sum()
 
+    def counts_now(self) -> Tensor | None:
+        """``counts``, unless logits or temperature have changed since that step."""
+        for leaf in self.leaves:
+            leaf.refresh()
+        return self.counts
+
     def _note_dl0(self, l0s: Tensor) -> None:
         grad, l0s.grad = l0s.grad, None
         if any(leaf.spent for leaf in self.leaves):

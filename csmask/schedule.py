@@ -1,18 +1,29 @@
-"""Temperature schedules: from 1 to ``max_temperature`` over a training run, ending exactly there."""
+"""Temperature schedules: from 1 to ``max_temperature`` over a training run, ending exactly there.
+
+One call after each optimizer step drives all that changes over a training: the temperature, and lambda where a circuit
+has an ``l0_target``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from .functional import check_temperature
 
 KINDS = ("exponential", "linear")
+L0_UPDATES = 50  # of lambda in an annealing, about: more change little, fewer follow late
+LEAST_L0_UPDATES = 20
 
 
 class HasTemperature(Protocol):
     """Anything with a ``temperature`` to set: a ``CircuitModel``."""
 
     temperature: float
+
+    def check_logits(self) -> None: ...
+
+    def undecided_fraction(self) -> float: ...
 
 
 def temperature_at(t: int, total: int, max_temperature: float = 200.0, kind: str = "exponential") -> float:
@@ -42,7 +53,7 @@ def temperature_at(t: int, total: int, max_temperature: float = 200.0, kind: str
 
 
 class TemperatureSchedule:
-    """Anneals the temperature of a circuit in a plain training loop.
+    """Anneals the temperature of a circuit in a plain training loop, and drives lambda to an ``l0_target``.
 
     It sets the temperature of ``t = 0`` when it is made; call ``step()`` at the end of every step, or of every epoch,
     whichever ``total`` counts::
@@ -53,24 +64,33 @@ class TemperatureSchedule:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            if schedule.finished(max_undecided=0.001):
+                break
 
     Args:
-        circuit: whose ``temperature`` is set.
-        total: number of steps or epochs.
+        circuit: whose ``temperature`` is set. If its config has an ``l0_target``, so is lambda, 20 to 100 times, at no
+            host synchronisation.
+        total: number of steps or epochs; optimizer steps where there is an ``l0_target``, micro-batches not counted.
         max_temperature: reached exactly at the last of them.
         kind: ``"exponential"`` or ``"linear"``.
+
+    Raises:
+        TypeError, ValueError: as ``temperature_at``; fewer than 20 steps for an ``l0_target``.
     """
 
     def __init__(
         self, circuit: HasTemperature, total: int, max_temperature: float = 200.0, kind: str = "exponential"
     ) -> None:
         first = temperature_at(0, total, max_temperature, kind)
+        self.steer_l0 = _steering_of(circuit, total)
         self.circuit = circuit
         self.total = total
         self.max_temperature = float(max_temperature)
         self.kind = kind
         self.t = 0
         circuit.temperature = first
+        if self.steer_l0 is not None:
+            self.steer_l0(0.0)
 
     @property
     def temperature(self) -> float:
@@ -80,8 +100,33 @@ class TemperatureSchedule:
     def step(self) -> float:
         """Go on to the next step or epoch; returns the temperature that it has set."""
         self.t += 1
+        if self.steer_l0 is not None and self.t < self.total and self.t % max(1, self.total // L0_UPDATES) == 0:
+            # Before the temperature, whose change voids the counts that the optimizer's step has left.
+            self.steer_l0(self.t / (self.total - 1))
         self.circuit.temperature = self.temperature
         return self.temperature
+
+    def finished(self, max_undecided: float | None = None, every: int = 10) -> bool:
+        """Whether training may stop: all steps are done, or hardly a weight is left to decide about.
+
+        Args:
+            max_undecided: stop when the share of weights with ``|T * S| < 4`` is below it, as in 0.001: the mask that
+                training uses is then the hard one but for these. None for all steps.
+            every: steps or epochs between two looks at the logits, which wait for the device and read all logits.
+
+        Raises:
+            ValueError: a bound outside (0, 1], ``every < 1``, or logits that hold NaN.
+        """
+        if max_undecided is not None and not 0 < max_undecided <= 1:
+            raise ValueError(f"max_undecided must be in (0, 1], or None for all steps, got {max_undecided}")
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if self.t >= self.total:
+            return True
+        if max_undecided is None or self.t == 0 or self.t % every:
+            return False
+        self.circuit.check_logits()  # NaN looks decided
+        return self.circuit.undecided_fraction() < max_undecided
 
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule is, for a training checkpoint."""
@@ -90,6 +135,21 @@ class TemperatureSchedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict()``; also sets the circuit's temperature."""
         temperature = temperature_at(state["t"], state["total"], state["max_temperature"], state["kind"])
+        self.steer_l0 = _steering_of(self.circuit, state["total"])
         self.t, self.total = state["t"], state["total"]
         self.max_temperature, self.kind = float(state["max_temperature"]), state["kind"]
         self.circuit.temperature = temperature
+
+
+def _steering_of(circuit: Any, total: int) -> Callable[[float], None] | None:
+    """What drives the circuit's lambda; None if that is fixed."""
+    config = getattr(circuit, "circuit_config", None)
+    target = None if config is None else config.l0_target
+    if target is None:
+        return None
+    if total < LEAST_L0_UPDATES:
+        raise ValueError(
+            f"l0_target needs a schedule of at least {LEAST_L0_UPDATES} optimizer steps to drive lambda, got total "
+            f"{total}; count steps and not epochs, or set l0_lambda instead"
+        )
+    return circuit.steer_l0

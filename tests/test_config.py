@@ -33,6 +33,7 @@ def test_defaults_are_the_documented_ones():
         "l0_lambda": 1e-8,
         "execution": "auto",
         "l0_reduction": "sum",
+        "l0_target": None,
     }
 
 
@@ -105,6 +106,9 @@ BAD_VALUES = [
     ("l0_reduction", "none", ValueError, "'sum', 'mean'"),
     ("l0_reduction", None, ValueError, "'sum', 'mean'"),
 ]
+BAD_VALUES += [("l0_target", value, ValueError, "between 0 and 1") for value in (0, 1, 0.0, 1.0, -0.1, 5)]
+BAD_VALUES += [("l0_target", value, ValueError, "finite") for value in (math.nan, math.inf)]
+BAD_VALUES += [("l0_target", value, TypeError, "number") for value in ("0.05", True, [0.05])]
 BAD_HPARAMS = [
     ("ablation", "zero", ValueError, "zero_ablate"),
     ("ablation", None, ValueError, "zero_ablate"),
@@ -152,6 +156,17 @@ def test_a_value_changed_after_it_was_built_is_checked_by_validate():
         config.validate()
 
 
+@pytest.mark.parametrize("l0_lambda", [1e-6, 0.0, 1])
+def test_a_target_and_a_lambda_of_ones_own_exclude_each_other(l0_lambda):
+    with pytest.raises(ValueError, match=f"l0_target drives lambda itself, but l0_lambda is {float(l0_lambda)}: leave"):
+        CircuitConfig(l0_target=0.05, l0_lambda=l0_lambda)
+    config = CircuitConfig(l0_target=0.05)
+    assert (config.l0_target, config.l0_lambda) == (0.05, 1e-8)
+    config.l0_lambda = l0_lambda
+    with pytest.raises(ValueError, match="l0_target drives lambda itself"):
+        config.validate()
+
+
 finite = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(min_size=1).filter(lambda s: s.strip() and not s.startswith("re:"))
 hparams = st.fixed_dictionaries(
@@ -173,7 +188,7 @@ configs = st.builds(
     l0_lambda=finite.filter(lambda x: x >= 0) | st.integers(0, 10**9),
     execution=st.sampled_from(EXECUTIONS),
     l0_reduction=st.sampled_from(L0_REDUCTIONS),
-)
+) | st.builds(CircuitConfig, l0_target=st.floats(0, 1, exclude_min=True, exclude_max=True))
 
 
 @settings(max_examples=200, deadline=None, database=None)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from csmask import CircuitConfig, CircuitModel
-from csmask.demo import noun_verb, report, task, train, wordnet
+from csmask import CircuitModel
+from csmask.demo import noun_verb, report, speed, task, train, wordnet
 from csmask.demo.train import MaskTraining, Settings
 from csmask.demo.wordnet import Example, WordNet, WordNetNotFoundError
 
@@ -318,14 +319,12 @@ def test_missing_minilm_says_what_to_install(monkeypatch):
 # Training
 
 FEW = Settings(steps=6, batch_size=8, learning_rate=0.005, l0_lambda=1.0)
+TO_TARGET = Settings(steps=40, batch_size=8, l0_target=0.1)
 
 
 def make_training(path, settings=FEW, data_digest=""):
     small = tiny_task()
-    config = CircuitConfig(
-        mask_hparams={"mask_init_value": settings.mask_init_value}, target_layers="all-linear", l0_reduction="mean"
-    )
-    circuit = CircuitModel(config, small.model)
+    circuit = CircuitModel(train.circuit_config(settings), small.model)
     return MaskTraining(circuit, small.head, small.train, settings, path, data_digest)
 
 
@@ -359,6 +358,77 @@ def test_training_anneals_to_the_maximum_and_records_each_step(tmp_path):
         assert row["loss"] == pytest.approx(row["cross_entropy"] + FEW.l0_lambda * row["l0"], rel=1e-5)
 
 
+def test_training_to_a_target_meets_it_with_a_lambda_that_is_driven(tmp_path):
+    training = make_training(tmp_path / "state.safetensors", dataclasses.replace(TO_TARGET, steps=100))
+    training.run(lambda _row: None, threading.Event())
+    looked = [row for row in training.history if "kept" in row]
+    assert looked[-1]["kept"] == pytest.approx(0.1, rel=0.1)
+    assert len({row["l0_lambda"] for row in looked}) == len(looked)
+    assert all(row["loss"] > row["cross_entropy"] for row in training.history)
+
+
+def test_training_stops_when_the_masks_are_decided(tmp_path):
+    path = tmp_path / "state.safetensors"
+    settings = dataclasses.replace(FEW, steps=300, learning_rate=0.02, stop_undecided=0.01)
+    training = make_training(path, settings)
+    training.run(lambda _row: None, threading.Event())
+    assert 10 < training.done < 300
+    assert training.done % 10 == 0
+    assert training.circuit.undecided_fraction() < 0.01
+    again = make_training(path, settings)
+    again.load()
+    assert again.finished
+    with pytest.raises(ValueError, match=r"stop_undecided 0.01, now None"):
+        make_training(path, dataclasses.replace(settings, stop_undecided=None)).load()
+
+
+def test_eager_steps_take_turns_with_the_demos_own(monkeypatch, tmp_path):
+    seconds = {"auto": iter([9.0, 2.0, 4.0, 3.0, 5.0]), "reference": iter([9.0, 20.0, 60.0, 30.0, 40.0])}
+    now, order = [0.0], []
+
+    class Training:
+        """Takes the seconds above for its steps."""
+
+        settings = dataclasses.replace(FEW, steps=5)
+
+        def __init__(self, execution):
+            self.execution, self.done = execution, 0
+
+        def step(self):
+            order.append((self.execution, self.done))
+            now[0] += next(seconds[self.execution])
+            self.done += 1
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    found = speed.compare_with_eager(Training, "auto", speed.Spent(steps=100, seconds=1e6))
+    assert order == [(execution, i) for i in range(5) for execution in ("auto", "reference")]
+    assert (found.own, found.eager, found.turns) == (3.0, 30.0, 3)  # steps 1 to 3; 0 warms up, 4 looks at the mask
+    assert found.eager_seconds == 1e7
+    assert str(found) == (
+        "1000000.0 s for 100 steps; eager masking would take 10000000.0 s (measured over 3 steps of each by turns: "
+        "medians 3000.0 and 30000.0 ms)"
+    )
+
+
+def test_the_comparison_ends_after_its_share_of_the_time(monkeypatch):
+    taken = []
+
+    class Training:
+        settings = dataclasses.replace(FEW, steps=1000)
+
+        def __init__(self, _execution):
+            self.done = 0
+
+        def step(self):
+            taken.append(1.0)
+            self.done += 1
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(len(taken)))
+    for training_seconds, turns in ((1.0, 3), (200.0, 4), (1e6, 8)):
+        taken.clear()
+        assert speed.compare_with_eager(Training, "auto", speed.Spent(1, training_seconds)).turns == turns
+
+
 def test_seed_decides_the_noise_and_the_order(tmp_path):
     one, same = (make_training(tmp_path / "s") for _ in range(2))
     other = make_training(tmp_path / "s", dataclasses.replace(FEW, seed=1))
@@ -369,13 +439,14 @@ def test_seed_decides_the_noise_and_the_order(tmp_path):
     assert one.batches != other.batches
 
 
+@pytest.mark.parametrize("settings", [FEW, TO_TARGET], ids=["lambda", "target"])
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 6])
-def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(stop_after, tmp_path):
-    whole = make_training(tmp_path / "whole.safetensors")
+def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(stop_after, settings, tmp_path):
+    whole = make_training(tmp_path / "whole.safetensors", settings)
     whole.run(lambda _row: None, threading.Event())
 
     stop, path = threading.Event(), tmp_path / "state.safetensors"
-    first = make_training(path)
+    first = make_training(path, settings)
     if stop_after == 0:
         stop.set()
 
@@ -387,7 +458,7 @@ def test_resumed_training_equals_an_uninterrupted_one_bit_for_bit(stop_after, tm
         first.run(count, stop)
     assert first.done == stop_after
 
-    second = make_training(path)
+    second = make_training(path, settings)
     second.load()
     assert second.done == stop_after
     assert second.circuit.temperature == first.circuit.temperature
@@ -453,6 +524,7 @@ def small_settings(monkeypatch):
 def without_seconds(folder):
     numbers = json.loads((folder / "metrics.json").read_text())
     numbers.pop("seconds")
+    numbers.pop("speed")
     return numbers
 
 
@@ -502,6 +574,24 @@ def test_saved_masks_go_back_on_their_model_and_no_other(small_settings, tmp_pat
     CircuitModel.from_pretrained(shuffled, tmp_path / "shuffled-0" / "masks")
 
 
+def test_the_demo_to_a_target(small_settings, tmp_path, capsys):
+    numbers = noun_verb.run(steps=60, output=tmp_path, mask_seeds=1, l0_target=0.2, task=tiny_task())
+    (check,) = [c for c in numbers["checks"] if c["name"] == "kept fraction / 0.2 - 1, at most"]
+    kept = [run["evaluation"]["circuit"]["kept"] for run in numbers["runs"]]
+    assert check["value"] == pytest.approx(max(abs(k / 0.2 - 1) for k in kept))
+    assert check["met"] == (check["value"] <= 0.1)
+    output = capsys.readouterr().out
+    speed_line = re.search(
+        r"Training ([0-9.]+) s for 120 steps; eager masking would take ([0-9.]+) s \(measured", output
+    )
+    assert speed_line is not None
+    assert float(speed_line[1]) == pytest.approx(numbers["speed"]["spent"]["seconds"], abs=0.06)
+    noun_verb.run(steps=60, output=tmp_path, mask_seeds=1, l0_target=0.2, resume=True, task=tiny_task())
+    assert "eager masking would take" not in capsys.readouterr().out  # nothing was trained
+    with pytest.raises(ValueError, match=r"cannot resume.*l0_target 0.2, now 0.3"):
+        noun_verb.run(steps=60, output=tmp_path, mask_seeds=1, l0_target=0.3, resume=True, task=tiny_task())
+
+
 def test_refitted_control_head(small_settings, tmp_path):
     numbers = noun_verb.run(output=tmp_path, mask_seeds=1, control_head="refit", task=tiny_task())
     assert numbers["control_head"] == "refit"
@@ -522,6 +612,8 @@ def test_too_few_steps_say_so_and_leave_the_model_as_it_was(small_settings, tmp_
         (["--mask-seeds", "0"], "mask_seeds must be at least 1, got 0"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--l0-target", "1.5"], "l0_target must be a fraction between 0 and 1, or None, got 1.5"),
+        (["--stop-undecided", "0"], "stop_undecided must be in (0, 1], got 0.0"),
     ],
 )
 def test_bad_options_end_with_status_1(arguments, message, tmp_path, capsys):

@@ -25,7 +25,7 @@ LEVELS = [
     {"_cpp_linear", "_cpp_step", "_cpp_units"},
     {"_ops"},
     # ablation lies below layers, whose forward uses it
-    {"ablation", "autograd", "cost", "masked_leaf", "masked_weight"},
+    {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
     {"lean"},
     {"functional", "leaf_linear"},
     {"masked_layer"},

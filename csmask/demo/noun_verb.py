@@ -18,12 +18,13 @@ Selectivity says that a model's ability rests on these weights, not that pretrai
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,10 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..checkpoint import rest_fingerprint, write_atomically
 from ..circuit import CircuitModel
-from ..config import CircuitConfig
 from ..evaluate import evaluate_circuit
 from ..philox import check_seed
 from . import report
+from .speed import Comparison, Spent, compare_with_eager
 from .task import (
     Batch,
     EncodedItem,
@@ -51,7 +52,7 @@ from .task import (
     shuffle_weights,
     wordnet_items,
 )
-from .train import MaskTraining, Settings, check_identity, stop_between_steps
+from .train import RECORD_EVERY, MaskTraining, Settings, check_identity, circuit_config, stop_between_steps
 from .wordnet import WordNetNotFoundError, find_wordnet
 
 DEFAULT_OUTPUT = Path("runs/noun-verb")
@@ -90,9 +91,18 @@ def prepare(device: str = "cpu") -> Task:
 
 
 def find_circuit(
-    task: Task, settings: Settings, directory: Path, *, resume: bool, name: str, batches: Sequence[Batch]
+    task: Task,
+    settings: Settings,
+    directory: Path,
+    *,
+    resume: bool,
+    name: str,
+    batches: Sequence[Batch],
+    spent: Spent,
 ) -> report.Run:
     """Train the masks of one seed, judge them, save them; or read the result where ``resume`` finds it finished.
+
+    Steps and seconds of the training are added to ``spent``.
 
     Raises:
         Stopped: Ctrl-C; the state is in ``directory``.
@@ -101,15 +111,8 @@ def find_circuit(
     if not resume:
         result.unlink(missing_ok=True)
         state.unlink(missing_ok=True)
-    config = CircuitConfig(
-        mask_hparams={"mask_init_value": settings.mask_init_value},
-        target_layers="all-linear",
-        l0_lambda=settings.l0_lambda,
-        l0_reduction="mean",
-        execution=settings.execution,
-    )
     data = digest(task.train, task.test, task.head.weight.tolist(), task.head.bias.item(), rest_fingerprint(task.model))
-    circuit = CircuitModel(config, task.model)
+    circuit = CircuitModel(circuit_config(settings), task.model)
     try:
         training = MaskTraining(circuit, task.head, task.train, settings, state, data)
         if resume and result.exists():
@@ -119,7 +122,9 @@ def find_circuit(
             return finished
         if resume and state.exists():
             training.load()
+        before = training.done
         _train(training, name)
+        spent.steps, spent.seconds = spent.steps + training.done - before, spent.seconds + training.seconds
         circuit.eval()
         circuit.save_pretrained(directory / "masks")
         run = _judge(training, name, batches)
@@ -156,6 +161,9 @@ def _train(training: MaskTraining, name: str) -> None:
             bar.update()
 
         training.run(show, stop)
+    if training.done < training.settings.steps:
+        bound = training.settings.stop_undecided
+        print(f"{name}: stopped after {training.done} steps, less than {bound:.2%} undecided")
 
 
 def _judge(training: MaskTraining, name: str, batches: Sequence[Batch]) -> report.Run:
@@ -187,18 +195,34 @@ def find_circuits(
     resume: bool = False,
     mask_seeds: int = MASK_SEEDS,
     control_head: str = "same",
-) -> tuple[list[report.Run], report.Run]:
+) -> tuple[list[report.Run], report.Run, Spent]:
     """Circuits for ``mask_seeds`` seeds from ``settings.seed`` on, and the control over shuffled weights."""
-    batches = evaluation_batches(task.test, task.device)
+    spent = Spent()
+    options: dict[str, Any] = {
+        "resume": resume, "batches": evaluation_batches(task.test, task.device), "spent": spent
+    }  # fmt: skip
     runs = []
     for seed in range(settings.seed, settings.seed + mask_seeds):
         own, name = replace(settings, seed=seed), f"mask seed {seed}"
-        runs.append(find_circuit(task, own, output / f"seed-{seed}", resume=resume, name=name, batches=batches))
+        runs.append(find_circuit(task, own, output / f"seed-{seed}", name=name, **options))
     shuffled = shuffle_weights(task.model, settings.seed)
     head = fit_head_on(shuffled, task.train, task.device) if control_head == "refit" else task.head
     control_task, folder = replace(task, model=shuffled, head=head), output / f"shuffled-{settings.seed}"
-    control = find_circuit(control_task, settings, folder, resume=resume, name="shuffled weights", batches=batches)
-    return runs, control
+    control = find_circuit(control_task, settings, folder, name="shuffled weights", **options)
+    return runs, control, spent
+
+
+def _compare_with_eager(task: Task, settings: Settings, spent: Spent) -> Comparison | None:
+    """None where nothing was trained here, or eagerly, or in too few steps to time any."""
+    if not spent.steps or settings.execution == "reference" or settings.steps < 2 * RECORD_EVERY:
+        return None
+
+    def make(execution: str) -> MaskTraining:
+        own = replace(settings, execution=execution)
+        circuit = CircuitModel(circuit_config(own), copy.deepcopy(task.model))
+        return MaskTraining(circuit, task.head, task.train, own, Path())
+
+    return compare_with_eager(make, settings.execution, spent)
 
 
 def run(
@@ -211,6 +235,8 @@ def run(
     mask_seeds: int = MASK_SEEDS,
     control_head: str = "same",
     execution: str = "auto",
+    l0_target: float | None = None,
+    stop_undecided: float | None = None,
     task: Task | None = None,
 ) -> dict[str, Any]:
     """Run the demo: train, judge, print, draw and save.
@@ -223,6 +249,8 @@ def run(
     mask_seeds: how many masks to train, with seeds ``seed``, ``seed + 1`` ...
     control_head: the head of the shuffled control, ``"same"`` as MiniLM's or ``"refit"`` on the shuffled model
     execution: when the masks are computed, see ``CircuitConfig``; ``"reference"`` is plain PyTorch
+    l0_target: fraction of the weights to keep, to which lambda is driven; None for the tested lambda
+    stop_undecided: stop a mask's training when fewer weights than this share are undecided
     task: instead of WordNet and MiniLM
 
     Returns what it writes to ``metrics.json``.
@@ -234,24 +262,26 @@ def run(
     """
     started = time.perf_counter()
     _check_options(device, mask_seeds, control_head, seed)
-    CircuitConfig(execution=execution)  # a wrong word is an error before there is a folder
-    settings = Settings(seed=seed, execution=execution)
+    settings = Settings(seed=seed, execution=execution, l0_target=l0_target, stop_undecided=stop_undecided)
     settings = settings if steps is None else replace(settings, steps=steps)
+    circuit_config(settings)  # a wrong value is an error before there is a folder
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     task = prepare(device) if task is None else task
     try:
-        runs, control = find_circuits(
+        runs, control, spent = find_circuits(
             task, settings, output, resume=resume, mask_seeds=mask_seeds, control_head=control_head
         )
     except KeyboardInterrupt as interrupt:
         print(f"\nInterrupted. What is done is in {output}; the same command with --resume goes on.", file=sys.stderr)
         raise interrupt
+    speed = _compare_with_eager(task, settings, spent)
     numbers = {
         **report.metrics(runs, control),
         "control_head": control_head,
         "versions": {"csmask": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "seconds": time.perf_counter() - started,
+        "speed": None if speed is None else asdict(speed),
     }
     write_atomically(output / "metrics.json", json.dumps(numbers, indent=1).encode())
     figures = report.draw(runs, control, output)
@@ -259,6 +289,8 @@ def run(
     print(f"Figures  {', '.join(str(path) for path in figures)}")
     print(f"Numbers  {output / 'metrics.json'}; per mask, with the training curve, {output / '*' / 'run.json'}")
     print(f"Masks    {output / '*' / 'masks'}, for CircuitModel.from_pretrained")
+    if speed is not None:
+        print(f"Training {speed}")
     print(f"Took {numbers['seconds']:.0f} s")
     return numbers
 
@@ -299,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--execution", default="auto", help='when masks are computed; "reference" is plain PyTorch (default auto)'
     )
+    parser.add_argument("--l0-target", type=float, help="fraction of the weights to keep (default: a fixed lambda)")
+    parser.add_argument("--stop-undecided", type=float, help="stop below this share of undecided weights, as 0.001")
     return run_command(**vars(parser.parse_args(argv)))
 
 

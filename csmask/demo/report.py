@@ -21,6 +21,7 @@ Run = dict[str, Any]
 
 CONDITIONS = ("full", "circuit", "ablated", "random")
 MAX_KEPT = 0.05
+MAX_MISSED = 0.1  # of a target for the kept fraction
 MAX_DROP = 0.03
 MAX_ABLATED = 0.60
 MIN_SELECTIVITY = 0.30
@@ -66,13 +67,19 @@ def selectivity(run: Run) -> float:
 
 def checks(runs: Sequence[Run], control: Run) -> list[Check]:
     """What must hold for each mask seed, and for the control; the verdict needs the two on selectivity."""
-    most_kept = max(kept(run) for run in runs)
+    target = runs[0].get("identity", {}).get("l0_target")
+    if target is None:
+        most_kept = max(kept(run) for run in runs)
+        size = Check("kept fraction, at most", most_kept, MAX_KEPT, most_kept <= MAX_KEPT)
+    else:
+        missed = max(abs(kept(run) / target - 1) for run in (*runs, control))
+        size = Check(f"kept fraction / {target} - 1, at most", missed, MAX_MISSED, missed <= MAX_MISSED)
     drop = max(score(run, "full") - score(run, "circuit") for run in runs)
     ablated = max(score(run, "ablated") for run in runs)
     least = min(selectivity(run) for run in runs)
     found = selectivity(control)
     return [
-        Check("kept fraction, at most", most_kept, MAX_KEPT, most_kept <= MAX_KEPT),
+        size,
         Check("accuracy lost by the circuit (full - circuit), at most", drop, MAX_DROP, drop <= MAX_DROP),
         Check("accuracy without the circuit (ablated), at most", ablated, MAX_ABLATED, ablated <= MAX_ABLATED),
         Check("selectivity (random - ablated), at least", least, MIN_SELECTIVITY, least >= MIN_SELECTIVITY),

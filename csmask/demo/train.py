@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..checkpoint import write_atomically
 from ..circuit import CircuitModel
+from ..config import DEFAULT_L0_LAMBDA, CircuitConfig
 from ..optim import MaskAdamW
 from ..schedule import TemperatureSchedule
 from .task import EncodedItem, Head, collate, word_states
@@ -33,7 +35,9 @@ _POOL = 8  # batches that are sorted by length together
 class Settings:
     """What determines a training, besides the model, the head and the items.
 
-    l0_lambda: weight of the mean l0 (the kept fraction) against the mean cross-entropy
+    l0_lambda: weight of the mean l0 (the kept fraction) against the mean cross-entropy; not with an ``l0_target``
+    l0_target: fraction of the weights to keep in the end, to which lambda is driven; None for ``l0_lambda``
+    stop_undecided: stop when fewer weights than this share are undecided; None to take all steps
     init_noise: standard deviation of the noise on the logits' start value; with the batch order, what ``seed`` decides
     execution: when the mask is computed, see ``CircuitConfig``; the same numbers but for rounding
     """
@@ -47,11 +51,27 @@ class Settings:
     init_noise: float = 0.005
     max_temperature: float = 200.0
     execution: str = "auto"
+    l0_target: float | None = None
+    stop_undecided: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.stop_undecided is not None and not 0 < self.stop_undecided <= 1:
+            raise ValueError(f"stop_undecided must be in (0, 1], got {self.stop_undecided}")
+
+
+def circuit_config(settings: Settings) -> CircuitConfig:
+    """Masks over all linear layers, with the settings' lambda or target."""
+    return CircuitConfig(
+        mask_hparams={"mask_init_value": settings.mask_init_value},
+        target_layers="all-linear",
+        l0_reduction="mean",
+        execution=settings.execution,
+        l0_lambda=settings.l0_lambda if settings.l0_target is None else DEFAULT_L0_LAMBDA,
+        l0_target=settings.l0_target,
+    )
 
 
 class Stopped(KeyboardInterrupt):
@@ -75,9 +95,9 @@ def batch_order(lengths: Sequence[int], batch_size: int, steps: int, generator: 
 
 
 class MaskTraining:
-    """The training of a circuit's masks: ``loss = cross-entropy + l0_lambda * mean l0``, Adam, annealed temperature.
+    """The training of a circuit's masks: ``loss = cross-entropy + lambda * mean l0``, Adam, annealed temperature.
 
-    circuit: as it was made from the base; its logits get the seed's noise here
+    circuit: as it was made from the base with ``circuit_config(settings)``; its logits get the seed's noise here
     head: reads the circuit's states; frozen
     items: training items
     settings: see there
@@ -111,6 +131,12 @@ class MaskTraining:
             self.optimizer = torch.optim.Adam(circuit.mask_parameters(), lr=settings.learning_rate, fused=fused)
         self.schedule = TemperatureSchedule(circuit, settings.steps, settings.max_temperature)
         self.history: list[dict[str, float]] = []
+        self.seconds = 0.0  # of the steps that were taken here
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, or the masks are decided as far as asked for."""
+        return self.schedule.finished(self.settings.stop_undecided)
 
     @property
     def done(self) -> int:
@@ -119,11 +145,12 @@ class MaskTraining:
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns and records loss, cross-entropy, l0, temperature and, at times, more."""
+        started = time.perf_counter()
         batch = collate([self.items[i] for i in self.batches[self.done]], self.device)
         temperature = self.circuit.temperature
         cross_entropy = F.binary_cross_entropy_with_logits(self.head(word_states(self.circuit, batch)), batch.labels)
-        l0 = self.circuit.l0("mean")
-        loss = cross_entropy + self.settings.l0_lambda * l0
+        l0 = self.circuit.l0()
+        loss = cross_entropy + self.circuit.l0_lambda * l0
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -137,9 +164,11 @@ class MaskTraining:
         if self.done % RECORD_EVERY == 0 or self.done == self.settings.steps - 1:
             row["kept"] = self.circuit.density()
             row["undecided"] = self.circuit.undecided_fraction()
+            if self.settings.l0_target is not None:
+                row["l0_lambda"] = float(self.circuit.l0_lambda)
         self.history.append(row)
-        if self.done < self.settings.steps:
-            self.schedule.step()
+        self.schedule.step()
+        self.seconds += time.perf_counter() - started
         return row
 
     def run(self, on_step: Callable[[dict[str, float]], None], stop: threading.Event) -> None:
@@ -148,7 +177,7 @@ class MaskTraining:
         Raises:
             Stopped: ``stop`` was set; the state is saved.
         """
-        while self.done < self.settings.steps:
+        while not self.finished:
             if stop.is_set():
                 self.save()
                 raise Stopped
@@ -162,6 +191,8 @@ class MaskTraining:
     def save(self) -> None:
         """Write logits, optimizer state, schedule and history into one file, atomically."""
         tensors = {name: param.detach().cpu() for name, param in self.circuit.named_mask_parameters()}
+        if self.circuit.l0_control is not None:
+            tensors.update({f"l0_control.{key}": value.cpu() for key, value in self.circuit.l0_control.named_buffers()})
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors.update({f"adam.{index}.{key}": value.cpu() for key, value in values.items()})
         state = {"identity": self.identity, "schedule": self.schedule.state_dict(), "history": self.history}
@@ -179,6 +210,9 @@ class MaskTraining:
         with torch.no_grad():
             for name, param in self.circuit.named_mask_parameters():
                 param.copy_(tensors[name])
+            if self.circuit.l0_control is not None:
+                for name, buffer in self.circuit.l0_control.named_buffers():
+                    buffer.copy_(tensors[f"l0_control.{name}"])
         adam: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("adam."):
