@@ -156,6 +156,12 @@ def train(circuit, optimizer, schedule, steps=None, parts=1):
     return seen
 
 
+def step(circuit, optimizer):
+    """One of the optimizer, and none of the schedule."""
+    circuit(**batch())["loss"].backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("target", [0.02, 0.1, 0.5])
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_the_target_is_met_within_a_tenth(execution, target):
@@ -209,6 +215,14 @@ def test_neurons_and_biases_count_as_in_density():
     assert circuit.density() == pytest.approx(0.3, rel=0.1)
 
 
+def test_counts_of_a_step_and_of_biases_add_up():
+    circuit, optimizer, _schedule = build(mask_hparams={"mask_bias": True})
+    step(circuit, optimizer)
+    kept, undecided = circuit._count().tolist()
+    assert undecided == 16 * 32 + 32 + 32 * 2 + 2
+    assert kept == sum(int((p > 0).sum()) for p in circuit.mask_parameters())
+
+
 class Calls(TorchDispatchMode):
     """The operators that run in the block."""
 
@@ -225,8 +239,7 @@ class Calls(TorchDispatchMode):
 def test_counting_costs_no_pass_after_a_step_of_per_step(execution, passes):
     circuit, optimizer, schedule = build(execution=execution)
     train(circuit, optimizer, schedule, 3)
-    circuit(**batch())["loss"].backward()
-    optimizer.step()
+    step(circuit, optimizer)
     with Calls() as calls:
         circuit.steer_l0(0.5)
     assert calls.names.count("csmask::mask_sums") == passes
@@ -235,8 +248,8 @@ def test_counting_costs_no_pass_after_a_step_of_per_step(execution, passes):
 
 
 def test_counts_of_a_step_are_not_used_after_a_change_by_hand():
-    circuit, optimizer, schedule = build()
-    train(circuit, optimizer, schedule, 3)
+    circuit, optimizer, _schedule = build()
+    step(circuit, optimizer)
     with torch.no_grad():
         for p in circuit.mask_parameters():
             p.fill_(-1.0)
