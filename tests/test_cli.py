@@ -140,6 +140,7 @@ def test_doctor_names_a_package_that_is_missing(monkeypatch):
 def test_demo_passes_its_options_on(monkeypatch, tmp_path):
     calls = []
     masks = {"mask_seeds": noun_verb.MASK_SEEDS, "control_head": "same", "execution": "auto"}
+    masks.update(l0_target=None, stop_undecided=None)
     monkeypatch.setattr(noun_verb, "run_command", lambda **options: calls.append(options) or 0)
     result = invoke("demo", "--seed", "3", "--steps", "7", "--output", str(tmp_path), "--device", "cuda", "--resume")
     assert result.exit_code == 0, result.output
@@ -153,6 +154,8 @@ def test_demo_passes_its_options_on(monkeypatch, tmp_path):
         "resume": False,
         **masks,
     }
+    assert invoke("demo", "--l0-target", "0.05", "--stop-undecided", "0.001").exit_code == 0
+    assert calls[2] == {**calls[1], "l0_target": 0.05, "stop_undecided": 0.001}
 
 
 @pytest.mark.parametrize(
