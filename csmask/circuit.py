@@ -372,7 +372,7 @@ class CircuitModel(nn.Module):
         for layer in layers:
             by_group = layer.leaf is not None and layer.leaf.group in counted
             if not by_group or layer.bias_mask_logits is not None:
-                total = total + layer.count(weights=not by_group).to(device)
+                total = total + layer.mask_counts(weights=not by_group).to(device)
         return total
 
     def compute_l0_statistics(self) -> dict[str, Any]:

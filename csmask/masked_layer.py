@@ -122,13 +122,13 @@ class MaskedLayer(nn.Module):
 
     def kept(self) -> int:
         """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
-        return int(self.count()[0])
+        return int(self.mask_counts()[0])
 
     def undecided(self) -> int:
         """Number of weights (and masked bias terms) with ``|T * S| < 4``: their soft mask is neither 0 nor 1."""
-        return int(self.count()[1])
+        return int(self.mask_counts()[1])
 
-    def count(self, weights: bool = True) -> Tensor:
+    def mask_counts(self, weights: bool = True) -> Tensor:
         """int64 ``(kept, undecided)`` in one pass over the logits; only those of the bias with ``weights=False``."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
         if weights:
