@@ -55,7 +55,7 @@ def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device, rate: f
 
     adamw, sgd = (0.9, 0.999, 1e-8, 0.0, False), (0.9, 0.0, 0.0, False, False)
     return {
-        "mask_adamw_": (launcher("mask_adamw_", logits, *states, *step_of, *adamw), size * (3 * w + 24)),
+        "mask_adamw_": (launcher("mask_adamw_", logits, *states, [], *step_of, *adamw), size * (3 * w + 24)),
         "mask_sgd_": (launcher("mask_sgd_", logits, states[0], *step_of, *sgd), size * (3 * w + 16)),
         "mask_grad_norms": (launcher("mask_grad_norms", logits, *waiting), size * (2 * w + 4)),
     }

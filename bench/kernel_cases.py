@@ -307,11 +307,14 @@ def mask_step_cases(target: Target) -> Iterator[Case]:
     def step(name: str, columns: dict[str, list[Any]], momentum: bool = True, lr: Any = scalar) -> Iterator[Case]:
         factor = None if momentum else scalar
         plan = mask_step.plan_step
-        yield f"mask_adamw_ {name}", plan(mask_step._adamw_kernel, columns, factor, lr, False, adamw, {}, target)[0][0]
+        bits = {"STATE_BITS": 8 if "state_scales" in columns else 32}
+        yield f"mask_adamw_ {name}", plan(mask_step._adamw_kernel, columns, factor, lr, False, adamw, bits, target)[0][0]
         del columns["second"]
         if not momentum:
             del columns["first"]
         constants = {"HAS_MOMENTUM": momentum, "NESTEROV": momentum}
+        if "state_scales" in columns:
+            return
         launches = plan(mask_step._sgd_kernel, columns, factor, lr, False, sgd, constants, target)[0]
         yield f"mask_sgd_ {name}", launches[0]
 
@@ -326,13 +329,16 @@ def mask_step_cases(target: Target) -> Iterator[Case]:
     for dtype in (bf16, torch.float16, fp32):
         yield from step(f"{dtype}", layers(dtype))
         yield from norms(f"{dtype}", layers(dtype))
+    blocks = empty(4096 * 4096 // mask_step_table.STATE_BLOCK, dtype=fp32)
+    codes = {"first": [empty(4096, 4096, dtype=torch.int8)], "second": [empty(4096, 4096, dtype=torch.uint8)]}
+    yield from step("8-bit states", {**layers(), **codes, "state_scales": [blocks]})
     yield from step("accumulated", layers(dwm=fp32, grad=True), lr=0.01)
     yield from step("without momentum, clipped", layers(), momentum=False)
     yield from step("fp32 under autocast", layers(fp32, bf16, bf16, dl0=False))
     yield from step("odd", layers(size=(4095, 4097)))
     yield from step("many layers", layers(size=(1024, 1024), count=mask_step_table.MAX_LAYERS))
     odd = layers(size=(999, 1001), count=5)
-    launches = mask_step.plan_step(mask_step._adamw_kernel, odd, None, 0.01, False, adamw, {}, target)[0]
+    launches = mask_step.plan_step(mask_step._adamw_kernel, odd, None, 0.01, False, adamw, {"STATE_BITS": 32}, target)[0]
     yield "mask_adamw_ odd reduced", launches[1]
     yield from norms("odd", odd)
 

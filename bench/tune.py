@@ -210,13 +210,13 @@ def _step(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """AdamW's step, which speaks for SGD's: 4, 8 or 16 elements to a thread, in pieces that follow each other."""
     call = step_calls(n, k, dtype, device, rate=0.0)["mask_adamw_"][0]()
     assert isinstance(call, functools.partial)
-    masked = call.args[3]
+    masked = call.args[4]
 
     def expected() -> Any:
         # At a rate of 0 every run leaves the logits as they are: those of all candidates have the same results.
-        arguments = [[t.clone() for t in tensors] for tensors in call.args[:4]]
-        results = _plain_step.OPS["mask_adamw_"](*arguments, *call.args[4:])
-        return (*results, *arguments[3])
+        arguments = [[t.clone() for t in tensors] for tensors in call.args[:5]]
+        results = _plain_step.OPS["mask_adamw_"](*arguments, *call.args[5:])
+        return (*results, *arguments[4])
 
     blocks = [
         StepConfig(32 * warps * entries, warps, pieces)

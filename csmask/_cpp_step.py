@@ -33,17 +33,18 @@ def mask_grad_norms(
 
 
 def mask_adamw_(
-    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, masked_weights: Tensors, dmasked_weights: Optionals,
-    weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float],
-    steps: Tensors, factor: Tensor | None, lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-    maximize: bool,
+    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, state_scales: Tensors, masked_weights: Tensors,
+    dmasked_weights: Optionals, weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals,
+    scales: Sequence[float], steps: Tensors, factor: Tensor | None, lr: Tensor, beta1: float, beta2: float, eps: float,
+    weight_decay: float, maximize: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     waiting = (masked_weights, dmasked_weights, weights, grads, temperatures, dl0s, scales, steps)
     if not _have_kernel(mask_logits, weights, dmasked_weights, masked_weights):
         plain: tuple[Any, ...] = (*waiting, factor, lr, beta1, beta2, eps, weight_decay, maximize)
-        return _plain_step.mask_adamw_(mask_logits, exp_avgs, exp_avg_sqs, *plain)
+        return _plain_step.mask_adamw_(mask_logits, exp_avgs, exp_avg_sqs, state_scales, *plain)
     assert _cpp.kernels is not None
-    states = [(average, square) for average, square in zip(exp_avgs, exp_avg_sqs, strict=True)]
+    codes = list(state_scales) if state_scales else [None] * len(mask_logits)
+    states: list[tuple[Any, ...]] = list(zip(exp_avgs, exp_avg_sqs, codes, strict=True))
     settings = (lr.item(), beta1, beta2, eps, weight_decay)
     return _step_each(_cpp.kernels.mask_adamw, mask_logits, states, waiting, factor, maximize, settings)
 

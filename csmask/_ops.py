@@ -106,8 +106,9 @@ SCHEMAS: dict[str, tuple[str, str | None]] = {
     ),
     "mask_grad_norms": (f"(Tensor[] mask_logits, {_WAITING}, float[] scales) -> Tensor", "mask_step"),
     "mask_adamw_": (
-        f"(Tensor(a!)[] mask_logits, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, {_STEP}, float beta1,"
-        " float beta2, float eps, float weight_decay, bool maximize) -> (Tensor, Tensor)",
+        # Of states in 8 bits there are scales, too: a tensor per layer, else none.
+        "(Tensor(a!)[] mask_logits, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(e!)[] state_scales, "
+        f"{_STEP}, float beta1, float beta2, float eps, float weight_decay, bool maximize) -> (Tensor, Tensor)",
         "mask_step",
     ),
     "mask_sgd_": (

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, state_codes
 
 ops = torch.ops.csmask
 Tensors = Sequence[Tensor]
@@ -61,19 +61,33 @@ def _mask_step(
 
 
 def mask_adamw_(
-    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, masked_weights: Tensors, dmasked_weights: Optionals,
-    weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float],
-    steps: Tensors, factor: Tensor | None, lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float,
-    maximize: bool,
+    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, state_scales: Tensors, masked_weights: Tensors,
+    dmasked_weights: Optionals, weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals,
+    scales: Sequence[float], steps: Tensors, factor: Tensor | None, lr: Tensor, beta1: float, beta2: float, eps: float,
+    weight_decay: float, maximize: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``state_scales``: those of states that are ``state_codes``; empty for states in the logits' dtype."""
+
     def update(i: int, logits: Tensor, gradient: Tensor) -> None:
         rate, step = lr.to(logits), steps[i].to(logits)
+        average, square = exp_avgs[i], exp_avg_sqs[i]
+        if state_scales:
+            codes = (average, square, state_scales[i])
+            unit = state_codes.average_unit(beta1, beta2, steps[i] - 1)
+            average, square = (t.to(logits.dtype) for t in state_codes.decode(*codes, unit))
         logits.mul_(1 - rate * weight_decay)
-        exp_avgs[i].lerp_(gradient, 1 - beta1)
-        exp_avg_sqs[i].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        average.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        denominator = exp_avg_sqs[i].sqrt() / correction2.sqrt() + eps
-        logits.sub_(rate / correction1 * exp_avgs[i] / denominator)
+        denominator = square.sqrt() / correction2.sqrt() + eps
+        if state_scales:
+            unit = state_codes.average_unit(beta1, beta2, steps[i])
+            new = state_codes.encode(average, square, unit, steps[i])
+            residue = average - state_codes.decode(*new, unit)[0]
+            average = average + residue * (correction1 * state_codes.residue_factor(beta1, steps[i]).to(logits))
+            for old, value in zip(codes, new, strict=True):
+                old.copy_(value)
+        logits.sub_(rate / correction1 * average / denominator)
 
     return _mask_step(
         mask_logits, masked_weights, dmasked_weights, weights, grads, temperatures, dl0s, scales, factor, maximize,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
+from . import state_codes
 from ._ops import ops
 from .mask_optimizer import _MaskOptimizer, gradient_arguments, gradients
 from .masked_leaf import MaskedLeaf
@@ -27,9 +28,19 @@ def _common(leaves: list[MaskedLeaf], states: list[dict[str, Any]]) -> tuple[lis
     return logits, [*after, [state["step"] for state in states]]
 
 
+def _lies_like(codes: Tensor, param: Tensor) -> bool:
+    """Whether codes have the order in which a state of the parameter lies."""
+    return codes.stride() == param.stride() or codes.stride() == torch.empty_like(param, device="meta").stride()
+
+
 def _rate(group: dict[str, Any]) -> Tensor:
     lr = group["lr"]
     return lr if isinstance(lr, Tensor) else torch.tensor(lr, dtype=torch.float64)
+
+
+_AVERAGES = ("exp_avg", "exp_avg_sq")
+# Of states in 8 bits. Not named as those of torch.optim.AdamW, which would take codes for values.
+_CODES = ("exp_avg_codes", "exp_avg_sq_codes", "state_scales")
 
 
 class MaskAdamW(_MaskOptimizer):
@@ -55,6 +66,9 @@ class MaskAdamW(_MaskOptimizer):
             ``max_grad_norm`` is not given (where it is, infinity or not, there are none to be seen: what others clip
             is for it to do), l0 whose gradient comes after the layers', several processes. Neuron masks, masked
             biases, logits with hooks and layers whose base is trained too keep ordinary gradients.
+        state_bits: 8 keeps the states of layers in ``per_step`` execution in 8 bits (``state_codes``): 2.02 bytes per
+            weight instead of 8, and nearly the same circuit; those of other parameters stay as they are. States of
+            either kind load into an optimizer of the other and are converted at its next step.
 
     Raises:
         ValueError: a setting out of its range.
@@ -73,6 +87,7 @@ class MaskAdamW(_MaskOptimizer):
         max_grad_norm: float | None = None,
         maximize: bool = False,
         lean: bool = False,
+        state_bits: int = 32,
     ) -> None:
         _check_settings(lr, weight_decay)
         for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
@@ -80,29 +95,76 @@ class MaskAdamW(_MaskOptimizer):
                 raise ValueError(f"{name} must be in [0, 1), got {beta}")
         if not eps >= 0.0:
             raise ValueError(f"eps must be >= 0, got {eps}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
+            "state_bits": state_bits,
+        }  # fmt: skip
         super().__init__(params, defaults, max_grad_norm, lean)
 
-    def _state_of(self, param: nn.Parameter) -> dict[str, Any]:
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        bits = param_group.get("state_bits", self.defaults["state_bits"])
+        if bits not in (8, 32):
+            raise ValueError(f"state_bits must be 8 or 32, got {bits}")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Those of ``torch.optim.AdamW`` and of any ``state_bits`` load; the groups keep the ``state_bits`` they have.
+
+        Raises:
+            ValueError: a setting that there is not here (``amsgrad``).
+        """
+        bits = [group["state_bits"] for group in self.param_groups]
+        # torch would convert codes to the logits' dtype, all at once.
+        kept = {index: {k: v for k, v in state.items() if k in _CODES} for index, state in state_dict["state"].items()}
+        rest = {index: {k: v for k, v in state.items() if k not in _CODES}
+                for index, state in state_dict["state"].items()}  # fmt: skip
+        super().load_state_dict({**state_dict, "state": rest})
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for name, value in kept.get(index, {}).items():
+                self.state[param][name] = value.to(param.device)
+        for group, group_bits in zip(self.param_groups, bits, strict=True):
+            group["state_bits"] = group_bits
+
+    def _state_of(self, group: dict[str, Any], param: nn.Parameter, bits: int = 32) -> dict[str, Any]:
+        """The parameter's state in so many bits: made, or converted where it has others."""
         state = self.state[param]
+
+        def unit() -> Tensor:
+            return state_codes.average_unit(*group["betas"], state["step"])
+
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            if bits == 8:
+                state.update(zip(_CODES, state_codes.zeros(param), strict=True))
+            else:
+                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        codes = state.get("exp_avg_codes")
+        if codes is not None and (bits == 32 or not _lies_like(codes, param)):
+            averages = state_codes.decode(*(state.pop(name) for name in _CODES), unit())
+            for name, average in zip(_AVERAGES, averages, strict=True):
+                state[name] = torch.empty_like(param).copy_(average)
+        if bits == 8 and "exp_avg" in state:
+            averages = (torch.empty_like(param).copy_(state.pop(name)) for name in _AVERAGES)
+            state.update(zip(_CODES, state_codes.encode(*averages, unit(), state["step"]), strict=True))
         return state
 
     def _mask_step(
         self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        states = [self._state_of(leaf.mask_logits) for leaf in leaves]
+        bits = group["state_bits"]
+        states = [self._state_of(group, leaf.mask_logits, bits) for leaf in leaves]
         torch._foreach_add_([state["step"] for state in states], 1.0)
         logits, rest = _common(leaves, states)
-        averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        averages = [[state[name] for state in states] for name in (_CODES if bits == 8 else _AVERAGES)]
+        averages += [] if bits == 8 else [[]]  # no scales
         settings = (_rate(group), *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
         return ops.mask_adamw_(logits, *averages, *rest, factor, *settings)
 
     def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
-        states = [self._state_of(param) for param in params]
+        states = [self._state_of(group, param) for param in params]
         adamw(
             list(params), gradients(params), [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states], [], [state["step"] for state in states],

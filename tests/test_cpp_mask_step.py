@@ -21,7 +21,7 @@ def inputs(shape, dtype=torch.float32, dwm_dtype=None):
         "mask_logits": logits_of(*shape), "weight": normal(*shape).to(dtype),
         "dmasked_weight": normal(*shape, seed=3).to(dwm_dtype or dtype), "grad": normal(*shape, seed=4),
         "masked_weight": torch.full(shape, math.nan, dtype=dtype),
-        "first": 0.1 * normal(*shape, seed=5), "second": 0.01 * normal(*shape, seed=6).square(),
+        "first": 0.1 * normal(*shape, seed=5), "second": 0.01 * normal(*shape, seed=6).square(), "scales": None,
     }  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def run(kind, given, temperature=1.0, dl0=0.0, scale=1.0, factor=1.0, step=1, op
     written = ("mask_logits", "masked_weight", "first", "second")
     given = {k: v.clone() if k in written and v is not None else v for k, v in given.items()}
     o = options or (ADAMW if kind == "adamw" else SGD)
-    names = ("mask_logits", "first", "second") if kind == "adamw" else ("mask_logits", "first")
+    names = ("mask_logits", "first", "second", "scales") if kind == "adamw" else ("mask_logits", "first")
     rest = [given[k] for k in ("masked_weight", "dmasked_weight", "weight", "grad")]
     kernel = _cpu.mask_adamw if kind == "adamw" else _cpu.mask_sgd
     sums = kernel(*(given[k] for k in names), *rest, temperature, dl0, scale, factor, step, *o.values(), threads)
@@ -130,12 +130,13 @@ def test_any_strides_give_the_same_bits_and_nothing_else_is_written(kind, view):
     given = inputs((7, 5, 300), torch.bfloat16)
     want, sums = run(kind, given, 2.0, 0.5, step=2)
     o = ADAMW if kind == "adamw" else SGD
-    laid = {name: lay(values, view) for name, values in given.items()}
+    laid = {name: lay(values, view) for name, values in given.items() if values is not None}
     names = ("mask_logits", "first", "second") if kind == "adamw" else ("mask_logits", "first")
     before = {name: memory.clone() for name, (_, memory) in laid.items()}
     kernel = _cpu.mask_adamw if kind == "adamw" else _cpu.mask_sgd
     rest = [laid[k][0] for k in ("masked_weight", "dmasked_weight", "weight", "grad")]
-    got = kernel(*(laid[k][0] for k in names), *rest, 2.0, 0.5, 1.0, 1.0, 2, *o.values(), 2)
+    states = [laid[k][0] for k in names] + ([None] if kind == "adamw" else [])
+    got = kernel(*states, *rest, 2.0, 0.5, 1.0, 1.0, 2, *o.values(), 2)
     assert got[1:] == sums[1:]
     assert got[0] == pytest.approx(sums[0], rel=1e-6)  # summed in the order of memory
     for name in (*names, "masked_weight"):
@@ -193,10 +194,11 @@ def _refusals():
 @pytest.mark.parametrize(("change", "error", "message"), _refusals())
 def test_refuses_and_writes_nothing(change, error, message):
     given = {**inputs((6, 4)), **change}
+    del given["scales"]
     before = {name: tensor.clone() for name, tensor in given.items()}
     rest = [given[k] for k in ("masked_weight", "dmasked_weight", "weight", "grad")]
     with pytest.raises(error, match=message):
-        _cpu.mask_adamw(given["mask_logits"], given["first"], given["second"], *rest, 1.0, 0.0, 1.0, 1.0, 1,
+        _cpu.mask_adamw(given["mask_logits"], given["first"], given["second"], None, *rest, 1.0, 0.0, 1.0, 1.0, 1,
                         *ADAMW.values(), 1)  # fmt: skip
     for name, tensor in given.items():
         assert torch.equal(tensor.nan_to_num(5.0), before[name].nan_to_num(5.0)), name
@@ -204,7 +206,8 @@ def test_refuses_and_writes_nothing(change, error, message):
 
 def test_refuses_threads_and_steps_below_one():
     given = inputs((6, 4))
-    arrays = [given[k] for k in ("mask_logits", "first", "second", "masked_weight", "dmasked_weight", "weight", "grad")]
+    names = ("mask_logits", "first", "second", "scales", "masked_weight", "dmasked_weight", "weight", "grad")
+    arrays = [given[k] for k in names]
     with pytest.raises(ValueError, match="threads must be >= 1, got 0"):
         _cpu.mask_adamw(*arrays, 1.0, 0.0, 1.0, 1.0, 1, *ADAMW.values(), 0)
     with pytest.raises(ValueError, match="step must be >= 1"):

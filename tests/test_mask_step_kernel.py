@@ -61,6 +61,7 @@ class Layers:
         self.steps = [scalar(float(step + 3 * i * (step > 1))) for i in range(count)]
         self.first = [normal[4](i) * (step > 1) for i in range(count)]
         self.second = [normal[5](i).square() * (step > 1) for i in range(count)]
+        self.state_scales = []
 
     def waiting(self):
         return (self.dwms, self.weights, self.grads, self.temperatures, self.dl0s, self.scales)
@@ -115,8 +116,8 @@ def adamw(layers, lr=0.02, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, maxim
 
     expected = layers.expect(update, factor, maximize) if check else None
     found = kernel.mask_adamw_(
-        layers.logits, layers.first, layers.second, layers.masked, *layers.waiting(), layers.steps, factor,
-        scalar(lr, torch.float64), *betas, eps, weight_decay, maximize, config=SMALL,
+        layers.logits, layers.first, layers.second, layers.state_scales, layers.masked, *layers.waiting(), layers.steps,
+        factor, scalar(lr, torch.float64), *betas, eps, weight_decay, maximize, config=SMALL,
     )  # fmt: skip
     if check:
         layers.check(expected, *found)

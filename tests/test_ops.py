@@ -263,7 +263,7 @@ def _every_op():
         "bitmask_linear_dx": (dout, w, bits, 1.5, False),
         "philox_": (torch.ones(5, 3), "uniform", 7, 9, 2, 1, 0.5),
         "mask_grad_norms": ([s, cs], *waiting),
-        "mask_adamw_": ([s * 1, cs * 1], *state[:3], *waiting, *step, 0.9, 0.99, 1e-8, 0.1, False),
+        "mask_adamw_": ([s * 1, cs * 1], *state[:2], [], state[2], *waiting, *step, 0.9, 0.99, 1e-8, 0.1, False),
         "mask_sgd_": ([s * 1, cs * 1], *state[:2], *waiting, *step, 0.9, 0.1, 0.1, False, True),
     }  # fmt: skip
 

@@ -88,6 +88,20 @@ struct Sgd {
   bool nesterov;
 };
 
+// Elements that share a scale of states in 8 bits; kBlock is a multiple of it.
+constexpr int64_t kStateBlock = 256;
+
+// AdamW's states in 8 bits, in the order of the layout: see state_codes.h.
+struct StateCodes {
+  int8_t* averages;  // null where the states are fp32
+  uint8_t* squares;
+  float* scales;      // of the squares' blocks
+  float unit_before;  // of the averages, as the last step left them
+  float unit;         // as this one leaves them
+  float residue;      // what the logits take of their rounding, over a step
+  uint32_t step;
+};
+
 struct MaskStepArgs {
   Layout layout;  // operands: logits, masked_weight, weight, dmasked_weight, grad, first, second; logits for a null
   float* logits;
@@ -100,6 +114,7 @@ struct MaskStepArgs {
   const float* grad;  // null for zeros
   float* first;       // AdamW's average; SGD's momentum, null for none
   float* second;      // AdamW's average of squares; null for SGD
+  StateCodes codes;   // instead of both
   float temperature;
   float scale;
   float dl0;

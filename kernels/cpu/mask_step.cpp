@@ -3,14 +3,15 @@
 //   dS = (grad + (dWm * W + dl0) * scale * T * sigmoid'(T * S)) * factor
 //   S, states = update(S, states, dS);  Wm = round(W * scale * sigmoid(T * S));  l0 = sum of that mask
 //
-// Bytes moved per weight in fp32 with AdamW: 8 (S) + 16 (states) + 4 (dWm) + 4 (W) + 4 (Wm, 8 where caches read it
-// first); 30 where the three weights are bf16.
+// Bytes moved per weight in fp32 with AdamW: 8 (S) + 16 (states, 4.06 in 8 bits) + 4 (dWm) + 4 (W) + 4 (Wm, 8 where
+// caches read it first); 30 where the three weights are bf16.
 #include "convert.h"
 #include "kernels.h"
 #include "mask.h"
 #include "mask_loops.h"
 #include "ops.h"
 #include "runs.h"
+#include "state_codes.h"
 
 namespace csmask {
 namespace CSMASK_ISA {
@@ -66,6 +67,23 @@ void gradient_of(const Run& run, const float* logits, const float* weight, Buffe
   for (int64_t i = 0; i < run.n; ++i) values[i] *= args.factor;
 }
 
+void average(const AdamW& a, const float* __restrict gradient, int64_t n, float* __restrict average,
+             float* __restrict square) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = gradient[i];
+    average[i] = multiply_add(a.taken1, g - average[i], average[i]);
+    square[i] = multiply_add(a.beta2, square[i], a.taken2 * g * g);
+  }
+}
+
+void move(const AdamW& a, const float* __restrict average, const float* __restrict square, int64_t n,
+          float* __restrict logits) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float denominator = __builtin_sqrtf(square[i]) * a.inverse_root_correction2 + a.eps;
+    logits[i] = logits[i] * a.decay - a.step_size * average[i] / denominator;
+  }
+}
+
 void adamw(const AdamW& a, const float* __restrict gradient, int64_t n, float* __restrict logits,
            float* __restrict average, float* __restrict square) {
   for (int64_t i = 0; i < n; ++i) {
@@ -102,6 +120,20 @@ void put(float* data, const Run& run, int operand, const float* values) {
   if (values != where) store(values, run.n, where, Dtype::float32, run.stride(operand), false);
 }
 
+// Writes what follows from the new logits: themselves, their masks, counts and masked weight.
+void finish(const Run& run, const float* logits, const float* weight, float* masks, Buffers& buffers,
+            MaskPartial* partial) {
+  const MaskStepArgs& args = run.args;
+  put(args.logits, run, kLogits, logits);
+  const Mask mask = {args.temperature, args.scale, false};
+  masks_of(logits, run.n, mask, masks);
+  count(logits, run.n, args.temperature, partial);
+  if (args.masked_weight == nullptr) return;
+  void* out = at(args.masked_weight, args.masked_weight_dtype, run.offsets[kMaskedWeight]);
+  for (int64_t i = 0; i < run.n; ++i) buffers.gradient[i] = weight[i] * masks[i];
+  store(buffers.gradient, run.n, out, args.masked_weight_dtype, run.stride(kMaskedWeight), args.stream);
+}
+
 void step_run(const Run& run, float* masks, Buffers& buffers, MaskPartial* partial) {
   const MaskStepArgs& args = run.args;
   float* logits = take(args.logits, run, kLogits, buffers.logits);
@@ -116,14 +148,26 @@ void step_run(const Run& run, float* masks, Buffers& buffers, MaskPartial* parti
     sgd(args.sgd, buffers.gradient, run.n, logits, first);
   }
   if (first != nullptr) put(args.first, run, kFirst, first);
-  put(args.logits, run, kLogits, logits);
-  const Mask mask = {args.temperature, args.scale, false};
-  masks_of(logits, run.n, mask, masks);
-  count(logits, run.n, args.temperature, partial);
-  if (args.masked_weight == nullptr) return;
-  void* out = at(args.masked_weight, args.masked_weight_dtype, run.offsets[kMaskedWeight]);
-  for (int64_t i = 0; i < run.n; ++i) buffers.gradient[i] = weight[i] * masks[i];
-  store(buffers.gradient, run.n, out, args.masked_weight_dtype, run.stride(kMaskedWeight), args.stream);
+  finish(run, logits, weight, masks, buffers, partial);
+}
+
+// A block whose states are codes: all of its states are there before one is coded, and all codes before a logit moves.
+void step_codes(const MaskStepArgs& args, int64_t begin, int64_t end, float* masks, Buffers& buffers,
+                MaskPartial* partial) {
+  decode_states(args.codes, begin, end - begin, buffers.first, buffers.second);
+  for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
+    const Run run = {args, offsets, n};
+    const float* logits = take(args.logits, run, kLogits, buffers.logits);
+    gradient_of(run, logits, load_weight(run, buffers.weight), buffers);
+    average(args.adamw, buffers.gradient, n, buffers.first + done, buffers.second + done);
+  });
+  encode_states(args.codes, begin, end - begin, buffers.first, buffers.second);
+  for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
+    const Run run = {args, offsets, n};
+    float* logits = take(args.logits, run, kLogits, buffers.logits);
+    move(args.adamw, buffers.first + done, buffers.second + done, n, logits);
+    finish(run, logits, load_weight(run, buffers.weight), masks + done, buffers, partial);
+  });
 }
 
 }  // namespace
@@ -135,9 +179,13 @@ void mask_step(const MaskStepArgs& args, int64_t first, int64_t last, MaskPartia
     const int64_t begin = block * kBlock;
     const int64_t end = block_end(args.layout, block);
     MaskPartial partial = {0.0, 0, 0};
-    for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
-      step_run({args, offsets, n}, masks + done, buffers, &partial);
-    });
+    if (args.codes.averages != nullptr) {
+      step_codes(args, begin, end, masks, buffers, &partial);
+    } else {
+      for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
+        step_run({args, offsets, n}, masks + done, buffers, &partial);
+      });
+    }
     partial.sum = sum(masks, end - begin);
     partials[block] = partial;
   }

@@ -43,6 +43,7 @@ def mask_adamw(
     mask_logits: Any,
     exp_avg: Any,
     exp_avg_sq: Any,
+    state_scales: Any,
     masked_weight: Any,
     dmasked_weight: Any,
     weight: Any,

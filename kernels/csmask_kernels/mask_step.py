@@ -24,6 +24,7 @@ from torch import Tensor
 from .launch import Launch, StepConfig, Target, run, target_of
 from .mask import UNDECIDED_BOUND, load_temperature, reciprocal, soft_mask, soft_mask_derivative
 from .mask_step_table import Group, plan_groups
+from .state_codes import STATE_BLOCK, decode_averages, decode_squares, encode_averages, encode_squares
 
 Tensors = Sequence[Tensor]
 Optionals = Sequence[Tensor | None]
@@ -31,7 +32,7 @@ REDUCE_BLOCK = 1024
 
 # Columns of ``mask_step_table.COLUMNS``.
 START, SIZE, INDEX, SCALE, TEMPERATURE, DL0, STEP = (tl.constexpr(i) for i in range(7))
-LOGITS, WEIGHT, DMASKED_WEIGHT, GRAD, MASKED_WEIGHT, FIRST, SECOND = (tl.constexpr(i) for i in range(7, 14))
+LOGITS, WEIGHT, DMASKED_WEIGHT, GRAD, MASKED_WEIGHT, FIRST, SECOND, SCALES = (tl.constexpr(i) for i in range(7, 15))
 
 
 @triton.jit
@@ -177,38 +178,107 @@ def _one_minus_power(log_beta, step):
 
 
 @triton.jit
+def _average_unit(log_beta1, log_beta2, step):
+    """What an average is, over the root of that of squares, where all gradients are alike; 0 before the first step."""
+    t = tl.maximum(step, 1.0)
+    unit = _quotient(_one_minus_power(log_beta1, t), _root(_one_minus_power(log_beta2, t)))
+    return tl.where(step > 0.0, unit, 0.0)
+
+
+@triton.jit
+def _residue_factor(log_beta1, taken1, step):
+    """What an average takes of the rounding of its code, for the logits to move by what the code will not move them."""
+    one_minus_power, beta1 = _one_minus_power(log_beta1, step), 1.0 - taken1
+    return beta1 / taken1 / (1.0 - (1.0 - one_minus_power) * beta1 / (1.0 + beta1)) * one_minus_power
+
+
+@triton.jit
+def _scale_pointers(scales, begin, size, BLOCK: tl.constexpr):
+    """To the scales of a piece's codes, and which of them are there."""
+    index = begin // STATE_BLOCK + tl.arange(0, BLOCK // STATE_BLOCK)
+    return scales + index, index < tl.cdiv(size, STATE_BLOCK)
+
+
+@triton.jit
+def _read_codes(
+    firsts, seconds, scales, begin, size, offs, inside, unit, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    pointers, there = _scale_pointers(scales, begin, size, BLOCK)
+    codes = tl.load(_pointers(seconds, offs, ALIGNED), mask=inside, other=0)
+    second = decode_squares(codes, tl.load(pointers, mask=there, other=0.0))
+    codes = tl.load(_pointers(firsts, offs, ALIGNED), mask=inside, other=0)
+    return decode_averages(codes, second, unit), second
+
+
+@triton.jit
+def _write_codes(
+    firsts, seconds, scales, begin, size, offs, inside, first, second, unit, step, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Returns what rounding took from the first state."""
+    pointers, there = _scale_pointers(scales, begin, size, BLOCK)
+    codes, new_scales = encode_squares(tl.where(inside, second, 0.0), offs, step)
+    _write(seconds, offs, inside, codes, tl.uint8, ALIGNED)
+    tl.store(pointers, new_scales, mask=there)
+    codes, residue = encode_averages(first, decode_squares(codes, new_scales), unit)
+    _write(firsts, offs, inside, codes, tl.int8, ALIGNED)
+    return residue
+
+
+@triton.jit
 def _adamw_kernel(
     table_ptr, factor_ptr, lr_ptr, l0_ptr, kept_ptr, undecided_ptr, factor, lr, sign, taken1, log_beta1, beta2, taken2,
     log_beta2, eps, weight_decay,
     ROWS: tl.constexpr, ALIGNED: tl.constexpr, S_TYPE: tl.constexpr, W_TYPE: tl.constexpr, WM_TYPE: tl.constexpr,
     DWM_TYPE: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_DL0: tl.constexpr, BLOCK: tl.constexpr,
-    PIECES: tl.constexpr,
+    PIECES: tl.constexpr, STATE_BITS: tl.constexpr,
 ):  # fmt: skip
-    """AdamW with ``taken = 1 - beta``; bytes per weight: 24 for the logits and states, W, dWm and Wm once each."""
+    """AdamW with ``taken = 1 - beta``; bytes per weight: 24 for the logits and states, 12.03 with states in 8 bits; W,
+    dWm and Wm once each."""
     row, begin, size = _place(table_ptr, ROWS, ALIGNED, BLOCK * PIECES)
     logits, weight, dwm, grad, dl0, temperature, scale = _mask_of(
         table_ptr, row, ROWS, S_TYPE, W_TYPE, DWM_TYPE, HAS_GRAD, HAS_DL0
     )
     masked = _address(table_ptr, row, MASKED_WEIGHT, ROWS, WM_TYPE)
-    firsts, seconds = _address(table_ptr, row, FIRST, ROWS, S_TYPE), _address(table_ptr, row, SECOND, ROWS, S_TYPE)
+    FIRST_TYPE: tl.constexpr = tl.int8 if STATE_BITS == 8 else S_TYPE
+    SECOND_TYPE: tl.constexpr = tl.uint8 if STATE_BITS == 8 else S_TYPE
+    firsts = _address(table_ptr, row, FIRST, ROWS, FIRST_TYPE)
+    seconds = _address(table_ptr, row, SECOND, ROWS, SECOND_TYPE)
     rate, factor = _number(lr_ptr, lr), _number(factor_ptr, factor) * sign
     step = tl.load(_address(table_ptr, row, STEP, ROWS, tl.float32))
     step_size = _quotient(rate, _one_minus_power(log_beta1, step))
     correction = _quotient(1.0, _root(_one_minus_power(log_beta2, step)))
+
+    if STATE_BITS == 8:
+        scales = _address(table_ptr, row, SCALES, ROWS, tl.float32)
+        unit_before = _average_unit(log_beta1, log_beta2, step - 1.0)
+        unit = _average_unit(log_beta1, log_beta2, step)
+        residue_factor = _residue_factor(log_beta1, taken1, step)
 
     l0, counts = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.int32)
     for _ in range(PIECES):
         offs = begin + tl.arange(0, BLOCK)
         inside = offs < size
         s, w = _read(logits, offs, inside, ALIGNED), _read(weight, offs, inside, ALIGNED)
-        first, second = _read(firsts, offs, inside, ALIGNED), _read(seconds, offs, inside, ALIGNED)
+        if STATE_BITS == 8:
+            first, second = _read_codes(
+                firsts, seconds, scales, begin, size, offs, inside, unit_before, ALIGNED, BLOCK
+            )  # fmt: skip
+        else:
+            first, second = _read(firsts, offs, inside, ALIGNED), _read(seconds, offs, inside, ALIGNED)
         g = _gradient(dwm, grad, dl0, offs, inside, s, w, temperature, scale, ALIGNED, DWM_TYPE, HAS_GRAD, HAS_DL0)
         g = g * factor
         first += taken1 * (g - first)
         second = beta2 * second + taken2 * g * g
+        if STATE_BITS == 8:
+            residue = _write_codes(
+                firsts, seconds, scales, begin, size, offs, inside, first, second, unit, step, ALIGNED, BLOCK
+            )  # fmt: skip
+            first += residue_factor * residue
+        else:
+            _write(firsts, offs, inside, first, S_TYPE, ALIGNED)
+            _write(seconds, offs, inside, second, S_TYPE, ALIGNED)
         s = s * (1.0 - rate * weight_decay) - step_size * first * reciprocal(tl.sqrt(second) * correction + eps)
-        _write(firsts, offs, inside, first, S_TYPE, ALIGNED)
-        _write(seconds, offs, inside, second, S_TYPE, ALIGNED)
         l0, counts = _finish(
             logits, masked, offs, inside, s, w, temperature, scale, l0, counts, ALIGNED, S_TYPE, WM_TYPE
         )
@@ -389,18 +459,25 @@ def mask_grad_norms(
 
 
 def mask_adamw_(
-    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, masked_weights: Tensors, dmasked_weights: Optionals,
+    mask_logits: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, state_scales: Tensors, masked_weights: Tensors,
+    dmasked_weights: Optionals,
     weights: Tensors, grads: Optionals, temperatures: Tensors, dl0s: Optionals, scales: Sequence[float],
     steps: Tensors, factor: Tensor | None, lr: Tensor | float, beta1: float, beta2: float, eps: float,
     weight_decay: float, maximize: bool, config: StepConfig | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """An AdamW step (arXiv 1711.05101) of all layers, in place; see ``plan_step`` for the results."""
+    """An AdamW step (arXiv 1711.05101) of all layers, in place; see ``plan_step`` for the results.
+
+    ``state_scales``: of states in 8 bits; empty for states in the logits' dtype.
+    """
     columns = _waiting(mask_logits, dmasked_weights, weights, grads, temperatures, dl0s, scales,
                        masked_weight=masked_weights, first=exp_avgs, second=exp_avg_sqs, step=steps)  # fmt: skip
+    if state_scales:
+        columns["state_scales"] = state_scales
     settings = {"taken1": 1 - beta1, "log_beta1": _log(beta1), "beta2": beta2, "taken2": 1 - beta2,
                 "log_beta2": _log(beta2), "eps": eps, "weight_decay": weight_decay}  # fmt: skip
+    constants = {"STATE_BITS": 8 if state_scales else 32}
     target = target_of(mask_logits[0])
-    launches, l0s, counts = plan_step(_adamw_kernel, columns, factor, lr, maximize, settings, {}, target, config)
+    launches, l0s, counts = plan_step(_adamw_kernel, columns, factor, lr, maximize, settings, constants, target, config)
     run(l0s.device, *launches)
     return l0s, counts
 

@@ -5,6 +5,7 @@ Layers differ in size and in where they lie, but one launch takes all that are a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import StepConfig, Target, check_supported, get_config, is_interpreted, like
+from .state_codes import STATE_BLOCK as _STATE_BLOCK
 
 # Eight entries per thread: 16 bytes of a 16-bit tensor. AMD's warps have 64 threads.
 DEFAULT_CONFIGS = {"cuda": StepConfig(512, 2, 4), "hip": StepConfig(1024, 2, 4)}
@@ -24,10 +26,11 @@ DEFAULT_CONFIGS = {"cuda": StepConfig(512, 2, 4), "hip": StepConfig(1024, 2, 4)}
 MAX_LAYERS = 511
 # int64; the table lies column by column, so that the first one is read at once.
 COLUMNS = ("start", "size", "index", "scale", "temperature", "dl0", "step", "logits", "weight", "dmasked_weight",
-           "grad", "masked_weight", "first", "second")  # fmt: skip
+           "grad", "masked_weight", "first", "second", "state_scales")  # fmt: skip
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _SCALARS = ("temperature", "dl0", "step")
-_WRITTEN = ("logits", "masked_weight", "first", "second")
+STATE_BLOCK: int = _STATE_BLOCK.value
+_WRITTEN = ("logits", "masked_weight", "first", "second", "state_scales")
 Row = dict[str, Tensor | None]
 
 
@@ -71,8 +74,16 @@ def _check(index: int, logits: Tensor, tensors: Row) -> None:
             f"layer {index}: expected mask_logits without gaps, got strides {logits.stride()} at shape "
             f"{tuple(logits.shape)}; make them contiguous"
         )
+    scales, blocks = tensors.get("state_scales"), triton.cdiv(logits.numel(), STATE_BLOCK)
+    if scales is not None and (scales.shape, scales.dtype, scales.device) != (
+        (blocks,), torch.float32, logits.device,
+    ):  # fmt: skip
+        raise ValueError(
+            f"layer {index}: expected state_scales of shape ({blocks},) in float32 on {logits.device}, got "
+            f"{tuple(scales.shape)} in {scales.dtype} on {scales.device}; load the optimizer's state anew"
+        )
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or name == "state_scales":
             continue
         if tensor.shape != logits.shape:
             raise ValueError(
@@ -88,9 +99,11 @@ def _check(index: int, logits: Tensor, tensors: Row) -> None:
                 f"layer {index}: expected {name} with the mask_logits' strides {logits.stride()}, got "
                 f"{tensor.stride()}; make both contiguous, or both channels_last"
             )
-        if name in ("first", "second") and tensor.dtype != logits.dtype:
+        codes = {"first": torch.int8, "second": torch.uint8}
+        if name in codes and tensor.dtype != (dtype := logits.dtype if scales is None else codes[name]):
+            whose = "the mask_logits' dtype" if scales is None else "8 bits, with scales,"
             raise ValueError(
-                f"layer {index}: expected optimizer state in the mask_logits' dtype {logits.dtype}, got "
+                f"layer {index}: expected optimizer state in {whose} {dtype}, got "
                 f"{tensor.dtype}; load the optimizer's state after the model has its dtype"
             )
 
@@ -153,7 +166,8 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _constants_of(row: Row) -> tuple[tuple[str, Any], ...]:
     """What a kernel for this layer is compiled for."""
-    walked = [tensor for name, tensor in row.items() if tensor is not None and name not in _SCALARS]
+    beside = (*_SCALARS, "state_scales")
+    walked = [tensor for name, tensor in row.items() if tensor is not None and name not in beside]
     types = {"S_TYPE": "logits", "W_TYPE": "weight", "WM_TYPE": "masked_weight", "DWM_TYPE": "dmasked_weight"}
     found: dict[str, Any] = {}
     for constant, name in types.items():
@@ -188,6 +202,8 @@ def _group(
     sizes = [row["logits"].numel() for _, _, row in layers]  # type: ignore[union-attr]
     default = DEFAULT_CONFIGS.get(target.backend, DEFAULT_CONFIGS["cuda"])
     config = config or get_config("mask_step", target, sum(sizes), default)
+    if layers[0][2].get("state_scales") is not None and config.block % STATE_BLOCK:
+        config = dataclasses.replace(config, block=STATE_BLOCK)  # a scale is one program's
     count = triton.next_power_of_2(len(layers) + 1)
     table = [[0] * count for _ in COLUMNS]
     programs = 0

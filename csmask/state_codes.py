@@ -1,0 +1,131 @@
+"""AdamW's states in 8 bits, as ``MaskAdamW(state_bits=8)`` keeps them: two codes per weight, one scale per 256 weights.
+
+``exp_avg_sq`` has a small floating-point number ``c > 0`` times the block's scale, 0 where it is 0:
+
+    c >= 64    (1 + c % 16 / 16) * 2**(c // 16 - 15)    12 octaves in steps of a 16th to a 32nd
+    c < 64     (1 + c % 4 / 4) * 2**(c // 4 - 27)       16 octaves in steps of a 4th to an 8th
+
+A scale is a power of two: what has not changed keeps its value, whatever its neighbours do. A step changes
+``exp_avg_sq`` by a thousandth, so rounded to the nearest it would stand still. It is rounded up where the share of the
+way to the upper neighbour exceeds a number that fills [0, 1) evenly from step to step, the golden ratio's multiples
+from a hash of the weight on: errors of successive steps cancel, where those of random numbers would add up. What is not
+0 never becomes 0, since the step divides by it.
+
+``exp_avg`` is kept as what the step makes of it, in 96ths of the root of the coded ``exp_avg_sq``: ``c = round(96 *
+unit_average)`` within +-127, with ``unit_average = exp_avg / (1 - beta1**t) / sqrt(exp_avg_sq / (1 - beta2**t))``, about
+1 where all gradients are alike. What rounding takes from it goes to the logits at once: the step adds
+
+    residue_factor * (exp_avg - coded exp_avg),    residue_factor = beta1 / (1 - beta1) / (1 - beta1**t * beta1 / (1 + beta1))
+
+to ``exp_avg / (1 - beta1**t)``: what it would have moved them by in the steps to come, the geometric series of
+``beta1`` with its bias corrections to second order.
+
+The kernels of ``mask_step`` have the same formulas.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+UNITS = 96.0  # codes of exp_avg between 0 and 1
+
+
+def blocks_of(numel: int) -> int:
+    """How many scales a state of so many weights has."""
+    return (numel + BLOCK - 1) // BLOCK
+
+
+def zeros(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of both states and the scales before the first step of these logits."""
+    first, second = (
+        torch.zeros_like(like, dtype=dtype, memory_format=torch.preserve_format) for dtype in (torch.int8, torch.uint8)
+    )
+    return first, second, torch.zeros(blocks_of(like.numel()), device=like.device)
+
+
+def average_unit(beta1: float, beta2: float, step: Tensor) -> Tensor:
+    """What a step's ``exp_avg`` is, over the root of its ``exp_avg_sq``, where all gradients are alike; 0 before one."""
+    t = step.double()
+    return torch.where(t > 0, (1 - beta1**t) / (1 - beta2**t).sqrt().clamp(min=1e-30), 0.0).float()
+
+
+def residue_factor(beta1: float, step: Tensor) -> Tensor:
+    """See above."""
+    return (beta1 / (1 - beta1) / (1 - beta1 ** step.double() * beta1 / (1 + beta1))).float()
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """All entries of a tensor without gaps, as a view of one dimension in the order in which they lie."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _like(flat: Tensor, layout: Tensor) -> Tensor:
+    """The tensor of that layout whose entries lie in this order."""
+    out = torch.empty_like(layout, dtype=flat.dtype)
+    _in_memory_order(out).copy_(flat)
+    return out
+
+
+def _per_weight(scales: Tensor, numel: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK)[:numel]
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32).to(torch.int64)
+
+
+def _float(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def _dither(numel: int, step: Tensor, device: torch.device) -> Tensor:
+    """A number in ``[0, 2**16)`` for each weight: ``hash + step * golden ratio``."""
+    word = torch.arange(numel, device=device) * 0x9E3779B1 & 0xFFFFFFFF
+    word = (word ^ word >> 15) * 0x85EBCA77 + step.to(torch.int64) * 0x9E3779B9
+    return (word & 0xFFFFFFFF) >> 16
+
+
+def _encode_squares(squares: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, uint8 of the squares' size, and scales; squares: fp32, one dimension."""
+    blocks = torch.zeros(blocks_of(squares.numel()) * BLOCK, device=squares.device)
+    blocks[: squares.numel()] = squares
+    largest = _bits(blocks).view(-1, BLOCK)
+    # Rounded up to a code, the largest stays below twice the scale.
+    exponents = (largest.amax(1) if largest.numel() else largest.sum(1)) + (1 << 19) - 1 >> 23
+    exponents = exponents.clamp(min=28)
+    exponent = _per_weight(exponents, squares.numel())
+    bits, dither = _bits(squares), _dither(squares.numel(), step, squares.device)
+    fine = (bits + (dither << 3) >> 19) - 16 * exponent + 240
+    coarse = (bits + (dither << 5) >> 21) - 4 * exponent + 108
+    codes = torch.where(bits >= exponent - 11 << 23, fine, coarse.clamp(min=1)) * (bits > 0)
+    return codes.to(torch.uint8), _float(exponents << 23)
+
+
+def _decode_squares(codes: Tensor, scales: Tensor) -> Tensor:
+    words = codes.to(torch.int64)
+    values = _float(torch.where(words >= 64, words + 1792 << 19, words + 400 << 21))
+    return torch.where(words > 0, values * _per_weight(scales, words.numel()), 0.0)
+
+
+def encode(exp_avg: Tensor, exp_avg_sq: Tensor, unit: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of both states, int8 and uint8 laid out as they are, and scales, fp32 ``(blocks,)``.
+
+    Args:
+        exp_avg, exp_avg_sq: of one shape and layout, without gaps; computed with in fp32.
+        unit: ``average_unit`` of the step that made them.
+        step: its number, which decides how they are rounded.
+    """
+    squares, scales = _encode_squares(_in_memory_order(exp_avg_sq).float(), step)
+    roots = _decode_squares(squares, scales).sqrt()
+    inverse = torch.where(roots > 0, (UNITS / unit) / roots, 0.0)
+    averages = (_in_memory_order(exp_avg).float() * inverse).round().clamp(-127, 127).to(torch.int8)
+    return _like(averages, exp_avg), _like(squares, exp_avg_sq), scales
+
+
+def decode(exp_avg_codes: Tensor, exp_avg_sq_codes: Tensor, scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Both states in fp32, laid out as their codes are."""
+    squares = _decode_squares(_in_memory_order(exp_avg_sq_codes), scales)
+    averages = _in_memory_order(exp_avg_codes) * (unit / UNITS) * squares.sqrt()
+    return _like(averages, exp_avg_codes), _like(squares, exp_avg_sq_codes)
