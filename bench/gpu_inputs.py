@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from csmask import reference
+from csmask import reference, state_codes
 from csmask._ops import triton_kernel
 
 # (N, K) of the weight and M tokens; bench/results and the targets speak of these.
@@ -54,8 +54,15 @@ def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device, rate: f
         return lambda: functools.partial(triton_kernel(op), *arguments)
 
     adamw, sgd = (0.9, 0.999, 1e-8, 0.0, False), (0.9, 0.0, 0.0, False, False)
+    unit = state_codes.average_unit(*adamw[:2], step)
+    codes = [state_codes.encode(*pair, unit, step) for pair in zip(*states, strict=True)]
+    columns = [list(column) for column in zip(*codes, strict=True)]
     return {
         "mask_adamw_": (launcher("mask_adamw_", logits, *states, [], *step_of, *adamw), size * (3 * w + 24)),
+        "mask_adamw_ 8 bits": (
+            launcher("mask_adamw_", [s.clone() for s in logits], *columns, *step_of, *adamw),
+            size * (3 * w + 12 + 8 / state_codes.BLOCK),
+        ),
         "mask_sgd_": (launcher("mask_sgd_", logits, states[0], *step_of, *sgd), size * (3 * w + 16)),
         "mask_grad_norms": (launcher("mask_grad_norms", logits, *waiting), size * (2 * w + 4)),
     }

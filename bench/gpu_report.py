@@ -31,7 +31,7 @@ MODES = {
     "step of 8": "A full step of 8 micro-batches",
     "evaluation": "Evaluation under the hard mask",
 }
-ELEMENTWISE = ("materialize", "logits_grad", "mask_adamw_", "mask_sgd_")
+ELEMENTWISE = ("materialize", "logits_grad", "mask_adamw_", "mask_adamw_ 8 bits", "mask_sgd_")
 Rows = list[dict[str, Any]]
 Times = dict[str, dict[str, float]]
 

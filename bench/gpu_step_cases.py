@@ -12,7 +12,7 @@ from gpu_checks import Check
 from gpu_results import Context
 from torch import Tensor
 
-from csmask import reference
+from csmask import reference, state_codes
 from csmask._ops import triton_kernel
 
 BETAS, EPS, DECAY, RATE, MOMENTUM, DAMPENING, SCALE = (0.9, 0.99), 1e-3, 0.1, 0.05, 0.9, 0.3, 1.25
@@ -83,7 +83,7 @@ def step_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]
             settings: tuple[Any, ...] = (MOMENTUM, DAMPENING, DECAY, False, True)
             l0s, _ = launch(logits, first, *rest, *settings, config=config)
         else:
-            l0s, _ = launch(logits, first, second, *rest, *BETAS, EPS, DECAY, True, config=config)
+            l0s, _ = launch(logits, first, second, [], *rest, *BETAS, EPS, DECAY, True, config=config)
         return _results(zip(logits, first, second, masked, strict=True), l0s)
 
     def expected(values: Values) -> dict[str, Tensor]:
@@ -98,6 +98,8 @@ def step_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]
             l0s.append(l0)
         return _results(rows, torch.stack(l0s))
 
+    if op == "mask_adamw_":
+        yield _codes(op, context, dtype)
     variants = {"all": ("dwm", "grad", "dl0"), "dwm": ("dwm",), "without dwm": ("grad", "dl0")}
     for name, parts in variants.items():
         for label, config in (("", None), (" other config", StepConfig(64 if context.toy else 1024, 4, 3))):
@@ -108,6 +110,38 @@ def step_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]
                 lambda config=config, **values: kernel(config, values),
                 lambda **values: expected(values),
             )
+
+
+def _codes(op: str, context: Context, dtype: torch.dtype) -> Check:
+    """The second state's codes and scales behind a first step, which betas of a half and plain gradients make exact."""
+    launch, shapes = triton_kernel(op), _shapes(context)
+    count, betas = len(shapes), (0.5, 0.5)
+
+    def kernel(**values: Any) -> dict[str, Tensor]:
+        columns = _columns(values, count)
+        waiting = [columns[name] for name in ("dwm", "weight", "grad", "temperature", "dl0")] + [[SCALE] * count]
+        logits = [s.clone() for s in columns["logits"]]
+        codes = [list(column) for column in zip(*(state_codes.zeros(s) for s in logits), strict=True)]
+        masked = [torch.empty_like(w) for w in columns["weight"]]
+        rest = ([values["one"]] * count, None, values["lr"])
+        launch(logits, *codes, masked, *waiting, *rest, *betas, EPS, 0.0, False)
+        return {
+            f"{name}{i}": t for name, row in zip(("codes", "scales"), codes[1:], strict=True) for i, t in enumerate(row)
+        }
+
+    def expected(**values: Any) -> dict[str, Tensor]:
+        unit = state_codes.average_unit(*betas, values["one"])
+        found = [
+            state_codes.encode(0.5 * g, 0.5 * g.square(), unit, values["one"])[1:]
+            for g in _columns(values, count)["grad"]
+        ]
+        return {
+            f"{name}{i}": t for i, row in enumerate(found) for name, t in zip(("codes", "scales"), row, strict=True)
+        }
+
+    draw = Draw(context)
+    inputs = {**_inputs(draw, shapes, dtype, ("grad",)), "one": draw.scalar(1.0)}
+    return Check(op, "8 bits", inputs, kernel, expected, exact=tuple(expected(**inputs)))
 
 
 def _results(rows: Any, l0s: Tensor) -> dict[str, Tensor]:

@@ -308,7 +308,10 @@ def mask_step_cases(target: Target) -> Iterator[Case]:
         factor = None if momentum else scalar
         plan = mask_step.plan_step
         bits = {"STATE_BITS": 8 if "state_scales" in columns else 32}
-        yield f"mask_adamw_ {name}", plan(mask_step._adamw_kernel, columns, factor, lr, False, adamw, bits, target)[0][0]
+        yield (
+            f"mask_adamw_ {name}",
+            plan(mask_step._adamw_kernel, columns, factor, lr, False, adamw, bits, target)[0][0],
+        )
         del columns["second"]
         if not momentum:
             del columns["first"]
@@ -338,7 +341,9 @@ def mask_step_cases(target: Target) -> Iterator[Case]:
     yield from step("odd", layers(size=(4095, 4097)))
     yield from step("many layers", layers(size=(1024, 1024), count=mask_step_table.MAX_LAYERS))
     odd = layers(size=(999, 1001), count=5)
-    launches = mask_step.plan_step(mask_step._adamw_kernel, odd, None, 0.01, False, adamw, {"STATE_BITS": 32}, target)[0]
+    launches = mask_step.plan_step(mask_step._adamw_kernel, odd, None, 0.01, False, adamw, {"STATE_BITS": 32}, target)[
+        0
+    ]
     yield "mask_adamw_ odd reduced", launches[1]
     yield from norms("odd", odd)
 

@@ -89,7 +89,7 @@ def test_every_stage_leaves_its_figures(rehearsal):
     checks = values(metric="error / limit")["csmask"]
     assert len(checks) > 30
     assert max(checks) <= 1
-    assert len(values(metric="of copy")["csmask"]) == 17
+    assert len(values(metric="of copy")["csmask"]) == 18
     providers = {"dense", "eager", "compile", "per_step", "per_forward", "per_forward kept", "in_kernel", "neuron"}
     for mode in ("forward+backward", "step", "step of 2"):
         assert set(values(kernel="masked_linear", mode=mode, metric="time")) == providers

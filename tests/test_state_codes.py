@@ -133,7 +133,9 @@ def test_equal_states_have_equal_codes_everywhere(request, monkeypatch):
         for a, b in zip(got[2] + got[3], want[2] + want[3], strict=True):
             assert torch.equal(a, b)
     grad = arguments[7][0]
-    exact = state_codes.encode(grad * 0.5, grad.square() * 0.5, state_codes.average_unit(0.5, 0.5, scalar(1)), scalar(1))
+    exact = state_codes.encode(
+        grad * 0.5, grad.square() * 0.5, state_codes.average_unit(0.5, 0.5, scalar(1)), scalar(1)
+    )
     assert torch.equal(want[2][0], exact[1])
     assert int((want[1][0].int() - exact[0].int()).abs().max()) == 0
 
