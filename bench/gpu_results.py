@@ -35,7 +35,11 @@ def write_atomically(path: Path, text: str) -> None:
 
 @functools.cache
 def commit() -> str:
-    """The source tree's git commit, with ``+`` where files differ from it; "unknown" in a tree without git."""
+    """The source tree's git commit, with ``+`` where files differ from it; "unknown" in a tree without git, unless the
+    variable CSMASK_COMMIT says whose copy it is.
+    """
+    if os.environ.get("CSMASK_COMMIT"):
+        return os.environ["CSMASK_COMMIT"]
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
