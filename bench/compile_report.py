@@ -162,6 +162,8 @@ def measure(target: str, case: str, launch: Launch, compiled: Compiled, limit: i
     moved = itertools.chain(tensors, *launch.behind)
     row.bytes_per_element = sum(_entries(t) * t.element_size() for t in moved) / elements
     row.instructions_per_element = compiled.count(INSTRUCTION) * threads / elements
+    # Not those of a byte per entry: beside 16-bit tensors a thread's share of them is 8 bytes.
+    rows = [[t for t in found if t.element_size() > 1] for found in rows]
     large = [t for found in rows for t in found if _entries(t) == max(map(_entries, found))]
     if row.tma or not all(map(_aligned, large)):
         return row

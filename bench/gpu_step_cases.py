@@ -130,7 +130,7 @@ def _codes(op: str, context: Context, dtype: torch.dtype) -> Check:
         }
 
     def expected(**values: Any) -> dict[str, Tensor]:
-        unit = state_codes.average_unit(*betas, values["one"])
+        unit = state_codes.average_unit(betas, values["one"])
         found = [
             state_codes.encode(0.5 * g, 0.5 * g.square(), unit, values["one"])[1:]
             for g in _columns(values, count)["grad"]

@@ -73,7 +73,7 @@ def mask_adamw_(
         average, square = exp_avgs[i], exp_avg_sqs[i]
         if state_scales:
             codes = (average, square, state_scales[i])
-            unit = state_codes.average_unit(beta1, beta2, steps[i] - 1)
+            unit = state_codes.average_unit((beta1, beta2), steps[i] - 1)
             average, square = (t.to(logits.dtype) for t in state_codes.decode(*codes, unit))
         logits.mul_(1 - rate * weight_decay)
         average.lerp_(gradient, 1 - beta1)
@@ -81,10 +81,10 @@ def mask_adamw_(
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         denominator = square.sqrt() / correction2.sqrt() + eps
         if state_scales:
-            unit = state_codes.average_unit(beta1, beta2, steps[i])
+            unit = state_codes.average_unit((beta1, beta2), steps[i])
             new = state_codes.encode(average, square, unit, steps[i])
             residue = average - state_codes.decode(*new, unit)[0]
-            average = average + residue * (correction1 * state_codes.residue_factor(beta1, steps[i]).to(logits))
+            average = average + residue * state_codes.residue_factor(beta1, steps[i]).to(logits)
             for old, value in zip(codes, new, strict=True):
                 old.copy_(value)
         logits.sub_(rate / correction1 * average / denominator)

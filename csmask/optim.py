@@ -132,7 +132,7 @@ class MaskAdamW(_MaskOptimizer):
         state = self.state[param]
 
         def unit() -> Tensor:
-            return state_codes.average_unit(*group["betas"], state["step"])
+            return state_codes.average_unit(group["betas"], state["step"])
 
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -143,12 +143,12 @@ class MaskAdamW(_MaskOptimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         codes = state.get("exp_avg_codes")
         if codes is not None and (bits == 32 or not _lies_like(codes, param)):
-            averages = state_codes.decode(*(state.pop(name) for name in _CODES), unit())
-            for name, average in zip(_AVERAGES, averages, strict=True):
+            first, second, scales = (state.pop(name) for name in _CODES)
+            for name, average in zip(_AVERAGES, state_codes.decode(first, second, scales, unit()), strict=True):
                 state[name] = torch.empty_like(param).copy_(average)
         if bits == 8 and "exp_avg" in state:
-            averages = (torch.empty_like(param).copy_(state.pop(name)) for name in _AVERAGES)
-            state.update(zip(_CODES, state_codes.encode(*averages, unit(), state["step"]), strict=True))
+            first, second = (torch.empty_like(param).copy_(state.pop(name)) for name in _AVERAGES)
+            state.update(zip(_CODES, state_codes.encode(first, second, unit(), state["step"]), strict=True))
         return state
 
     def _mask_step(

@@ -11,13 +11,14 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import state_codes
 from .surgery import find_targets
 
 GIB = 2**30
@@ -78,12 +79,13 @@ class Bytes:
 
 
 # What each way of training keeps. w: bytes of one weight, 2 or 4; several: whether a step has several micro-batches. In
-# all of them S and the two states of AdamW are fp32, and AdamW is fused: with foreach, torch.optim's default on GPUs, a
-# further 4 bytes per weight come and go. On a CPU the figures are checked against what is allocated at the peak
-# (``tests/test_plan.py``; the rows "memory" of ``bench/results/cpu.csv``); for a GPU they are derived from the tensors
-# that the same code keeps. A new way is a function here and a row of ``WAYS``.
+# all of them S and, but where it says so, the two states of AdamW are fp32, and AdamW is fused: with foreach,
+# torch.optim's default on GPUs, a further 4 bytes per weight come and go. On a CPU the figures are checked against what
+# is allocated at the peak (``tests/test_plan.py``; the rows "memory" of ``bench/results/cpu.csv``); for a GPU they are
+# derived from the tensors that the same code keeps. A new way is a function here and a row of ``WAYS``.
 _FP32 = 4
 _ADAMW = 2 * _FP32
+_ADAMW_8_BITS = 2 + _FP32 / state_codes.BLOCK
 
 
 def _beside_gradient(saved: float, several: bool) -> float:
@@ -124,6 +126,14 @@ def _lean(w: int, several: bool) -> Bytes | None:
     return None if several else Bytes(w, _FP32, 0, 0, _ADAMW, 0, transient=2 * w)
 
 
+def _in_8_bits(way: Callable[[int, bool], Bytes | None]) -> Callable[[int, bool], Bytes | None]:
+    def needed(w: int, several: bool) -> Bytes | None:
+        found = way(w, several)
+        return None if found is None else replace(found, states=_ADAMW_8_BITS)
+
+    return needed
+
+
 # None where a way cannot have several micro-batches.
 WAYS: dict[str, Callable[[int, bool], Bytes | None]] = {
     "eager PyTorch (NeuroSurgeon)": _eager,
@@ -131,6 +141,8 @@ WAYS: dict[str, Callable[[int, bool], Bytes | None]] = {
     "per_forward": _per_forward,
     "per_step (MaskAdamW)": _per_step,
     "lean (MaskAdamW, lean=True)": _lean,
+    "states in 8 bits (per_step)": _in_8_bits(_per_step),
+    "states in 8 bits (lean)": _in_8_bits(_lean),
 }
 _COLUMNS = ("weight", "logits", "gradient", "masked_weight", "states", "saved", "resident", "transient")
 _TITLES = ("W", "S", "dS or dWm", "Wm", "AdamW", "saved", "sum", "transient")
@@ -276,7 +288,7 @@ def report(sizes: Sizes, gpus: Iterable[float] = GPUS, micro_batches: int = 1, a
     needs = {name: needed for name, needed in found.items() if needed is not None}
     left_out = [f"{name} has one micro-batch per step." for name in found if name not in needs]
     per_weight = [["bytes per masked weight", *_TITLES]]
-    per_weight += [[name, *(f"{getattr(n, column):g}" for column in _COLUMNS)] for name, n in needs.items()]
+    per_weight += [[name, *(f"{getattr(n, column):.4g}" for column in _COLUMNS)] for name, n in needs.items()]
     totals = [["all together", "GiB", *(f"in {gpu:g} GiB" for gpu in gpus)]]
     for name, needed in needs.items():
         total = sizes.total(needed) / GIB + activations
@@ -322,5 +334,5 @@ def run_command(
         return 1
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
-    print(f"{source}: {type(model).__name__} in {dtype}; logits and AdamW's states in float32\n{text}")
+    print(f"{source}: {type(model).__name__} in {dtype}; logits and, but for 8 bits, AdamW's states in float32\n{text}")
     return 0

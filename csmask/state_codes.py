@@ -11,11 +11,11 @@ way to the upper neighbour exceeds a number that fills [0, 1) evenly from step t
 from a hash of the weight on: errors of successive steps cancel, where those of random numbers would add up. What is not
 0 never becomes 0, since the step divides by it.
 
-``exp_avg`` is kept as what the step makes of it, in 96ths of the root of the coded ``exp_avg_sq``: ``c = round(96 *
-unit_average)`` within +-127, with ``unit_average = exp_avg / (1 - beta1**t) / sqrt(exp_avg_sq / (1 - beta2**t))``, about
-1 where all gradients are alike. What rounding takes from it goes to the logits at once: the step adds
+``exp_avg`` is kept as what the step makes of it, ``exp_avg / (1 - beta1**t) / sqrt(exp_avg_sq / (1 - beta2**t))`` with
+the coded ``exp_avg_sq``, in 96ths, within +-127 of them; it is about 1 where all gradients are alike. What rounding
+takes from it goes to the logits at once: the step adds
 
-    residue_factor * (exp_avg - coded exp_avg),    residue_factor = beta1 / (1 - beta1) / (1 - beta1**t * beta1 / (1 + beta1))
+    (exp_avg - coded exp_avg) * beta1 / (1 - beta1) / (1 - beta1**t * beta1 / (1 + beta1))
 
 to ``exp_avg / (1 - beta1**t)``: what it would have moved them by in the steps to come, the geometric series of
 ``beta1`` with its bias corrections to second order.
@@ -24,6 +24,8 @@ The kernels of ``mask_step`` have the same formulas.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -45,15 +47,21 @@ def zeros(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return first, second, torch.zeros(blocks_of(like.numel()), device=like.device)
 
 
-def average_unit(beta1: float, beta2: float, step: Tensor) -> Tensor:
-    """What a step's ``exp_avg`` is, over the root of its ``exp_avg_sq``, where all gradients are alike; 0 before one."""
-    t = step.double()
-    return torch.where(t > 0, (1 - beta1**t) / (1 - beta2**t).sqrt().clamp(min=1e-30), 0.0).float()
+def _one_minus_power(beta: float, step: Tensor) -> Tensor:
+    exact = step if step.device.type == "mps" else step.double()
+    return -torch.expm1(exact * (math.log(beta) if beta > 0 else -math.inf))
+
+
+def average_unit(betas: tuple[float, float], step: Tensor) -> Tensor:
+    """What ``exp_avg`` is, over the root of ``exp_avg_sq``, where all gradients were alike; 0 before the first."""
+    unit = _one_minus_power(betas[0], step) / _one_minus_power(betas[1], step).sqrt()
+    return torch.where(step > 0, unit, 0.0).float()
 
 
 def residue_factor(beta1: float, step: Tensor) -> Tensor:
-    """See above."""
-    return (beta1 / (1 - beta1) / (1 - beta1 ** step.double() * beta1 / (1 + beta1))).float()
+    """What of the first state's residue the logits take at once, over the step that they make of that state."""
+    one_minus_power = _one_minus_power(beta1, step)
+    return (beta1 / (1 - beta1) / (1 - (1 - one_minus_power) * beta1 / (1 + beta1)) * one_minus_power).float()
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

@@ -355,5 +355,5 @@ def test_the_readme_shows_what_is_printed():
     shown = readme.partition("$ csmask plan llama-3-8b\n")[2].partition("```")[0]
     lines = [line for line in shown.splitlines() if line not in ("", "...")]
     printed = run("llama-3-8b").output.splitlines()
-    assert len(lines) == 15
+    assert len(lines) == 19
     assert [line for line in printed if line in lines] == lines

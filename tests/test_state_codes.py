@@ -26,7 +26,7 @@ def states(shape, step=50, octaves=10.0):
     magnitudes = torch.exp2(-octaves * torch.rand(shape, generator=torch.Generator().manual_seed(1)))
     average = testing.seeded_normal(shape, 2) * magnitudes
     square = magnitudes.square() * (0.5 + testing.seeded_normal(shape, 3).square())
-    return average, square, state_codes.average_unit(*BETAS, scalar(step))
+    return average, square, state_codes.average_unit(BETAS, scalar(step))
 
 
 def round_trip(average, square, unit, step=50):
@@ -126,18 +126,21 @@ def test_back_ends_agree(request, monkeypatch, dtype):
 
 
 def test_equal_states_have_equal_codes_everywhere(request, monkeypatch):
-    """Betas of a half make averages of one gradient exact: the codes are then the same to the last one."""
+    """Betas of a half make averages of one gradient exact: the squares' codes are then the same to the last one.
+
+    Those of averages hang on a root and a quotient, whose last bits differ on GPUs.
+    """
     arguments = layers(grads_only=True)
     want, *others = back_ends(request, monkeypatch, lambda: run(arguments, 1, (0.5, 0.5), changing=False))
     for got in others:
-        for a, b in zip(got[2] + got[3], want[2] + want[3], strict=True):
-            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(got[2] + got[3], want[2] + want[3], strict=True))
+        for a, b in zip(got[1], want[1], strict=True):
+            assert int((a != b).sum()) <= a.numel() // 100
     grad = arguments[7][0]
-    exact = state_codes.encode(
-        grad * 0.5, grad.square() * 0.5, state_codes.average_unit(0.5, 0.5, scalar(1)), scalar(1)
-    )
+    unit = state_codes.average_unit((0.5, 0.5), scalar(1))
+    exact = state_codes.encode(grad * 0.5, grad.square() * 0.5, unit, scalar(1))
     assert torch.equal(want[2][0], exact[1])
-    assert int((want[1][0].int() - exact[0].int()).abs().max()) == 0
+    assert torch.equal(want[1][0], exact[0])
 
 
 def relative(got, want):
@@ -145,12 +148,46 @@ def relative(got, want):
     return float((a - b).norm() / b.norm()), float(((a > 0) == (b > 0)).float().mean())
 
 
+def follow(gradients, lr=0.01, bits=8):
+    """Logits and the second state after steps with these gradients, a number each, in one block of 300 weights."""
+    logits, weight = torch.zeros(300), torch.ones(300)
+    if bits == 8:
+        first, second, scales = ([t] for t in state_codes.zeros(logits))
+    else:
+        first, second, scales = [torch.zeros(300)], [torch.zeros(300)], []
+    for step, gradient in enumerate(gradients, 1):
+        grad = gradient * torch.linspace(0.1, 1.0, 300)
+        ops.mask_adamw_([logits], first, second, scales, [weight.clone()], [None], [weight], [grad], [scalar(1)],
+                        [None], [1.0], [scalar(step)], None, scalar(lr), *BETAS, 1e-8, 0.0, False)  # fmt: skip
+    if bits == 8:
+        unit = state_codes.average_unit(BETAS, scalar(len(gradients)))
+        second = [state_codes.decode(first[0], second[0], scales[0], unit)[1]]
+    return logits, second[0]
+
+
+@pytest.mark.parametrize("gradients", [
+    [1.0] * 600, [1.0] * 100 + [3.0] * 500, [3.0] * 100 + [1.0] * 500, [1.0, -0.5] * 300, [1.0] * 300 + [0.0] * 300,
+], ids=["alike", "growing", "falling", "in turns", "ending"])  # fmt: skip
+def test_small_changes_are_not_lost(gradients):
+    """A step changes the second state by less than its rounding takes; all the same it follows, and so do the logits.
+
+    Rounded to the nearest it is 57 to 90 % off and the logits 44 to 134 %; without the residues of the first state the
+    logits are 0.8 to 4.4 % off.
+    """
+    logits, second = follow(gradients)
+    want, exact = follow(gradients, bits=32)
+    assert float(((second - exact) / exact).abs().max()) <= 0.15
+    assert float(((second - exact) / exact).mean().abs()) <= 0.01
+    assert float((logits - want).abs().max() / want.abs().max()) <= 0.04
+    assert float((logits - want).norm() / want.norm()) <= 0.0125
+
+
 @pytest.mark.parametrize("config", [
     {}, {"mask_bias": True}, {"rescale": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"weight_decay": 0.1}, {"maximize": True}], ids=str)
 def test_trajectory_beside_that_of_32_bits(config, options):
-    """Within 3 % of the logits after 60 annealed steps, where states rounded to the nearest are 10 % and more away."""
+    """Within 3 % of the logits after 60 annealed steps."""
     found = []
     for bits in (32, 8):
         circuit = circuit_of(**config)
@@ -160,6 +197,17 @@ def test_trajectory_beside_that_of_32_bits(config, options):
     error, agreement = relative(found[1], found[0])
     assert error <= 0.03, error
     assert agreement >= 0.995, agreement
+
+
+def test_lean_steps_are_the_same():
+    found = []
+    for lean in (False, True):
+        circuit = circuit_of()
+        optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.02, state_bits=8, lean=lean)
+        train(circuit, optimizer, 5)
+        found.append([p.detach() for p in circuit.mask_parameters()])
+        assert all("exp_avg_codes" in optimizer.state[p] for p in circuit.mask_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_bytes_of_the_states():
