@@ -78,7 +78,7 @@ def _run(context: Context, way: str, build: Callable[[], nn.Module]) -> None:
     add = context.results.add
     add(KERNEL, way, "training", "fits", "1", x, 1.0)
     add(KERNEL, way, "training", "time", "ms", x, timing.p50, timing, timing.method)
-    add(KERNEL, way, "training", "rate", "tokens/s", x, 1e3 * tokens / timing.p50, timing)
+    add(KERNEL, way, "training", "throughput", "tokens/s", x, 1e3 * tokens / timing.p50, timing)
     if context.device.type == "cuda":
         add(KERNEL, way, "training", "peak memory", "GiB", x, peak / 2**30)
 

@@ -114,7 +114,7 @@ def training_of(rows: Rows) -> str:
     lines = []
     for kernel in dict.fromkeys(row["kernel"] for row in rows if row["mode"] == "training"):
         fits, times = values(rows, "training", "fits", kernel), values(rows, "training", "time", kernel)
-        rates, peaks = values(rows, "training", "rate", kernel), values(rows, "training", "peak memory", kernel)
+        rates, peaks = values(rows, "training", "throughput", kernel), values(rows, "training", "peak memory", kernel)
         for x, ways in fits.items():
             for way, does in ways.items():
                 figures = ["does not fit", "", ""]

@@ -15,7 +15,7 @@ from torch import Tensor
 from csmask import reference, state_codes
 from csmask._ops import triton_kernel
 
-BETAS, EPS, DECAY, RATE, MOMENTUM, DAMPENING, SCALE = (0.9, 0.99), 1e-3, 0.1, 0.05, 0.9, 0.3, 1.25
+BETAS, EPS, DECAY, RATE, MOMENTUM, DAMPENING, SCALE = (0.9, 0.99), 1e-3, 0.1, 0.01, 0.9, 0.3, 1.25
 Values = dict[str, Any]
 NAMES = ("logits", "first", "second", "weight", "dwm", "grad", "temperature", "dl0")
 
@@ -32,8 +32,10 @@ def _inputs(draw: Draw, shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype,
     found: Values = {"step": draw.scalar(3.0), "lr": draw.scalar(RATE), "factor": draw.scalar(0.5)}
     for i, shape in enumerate(shapes):
         logits = draw.logits(*shape)
+        # Not next to 0 where nothing else is: AdamW divides by it, and a bound by the largest result would measure one
+        # quotient's last bits.
         layer = {
-            "logits": logits, "first": draw.normal(*shape), "second": draw.normal(*shape).square(),
+            "logits": logits, "first": draw.normal(*shape), "second": draw.normal(*shape).square() + 0.01,
             "weight": draw.weight(shape, dtype, logits, False), "dwm": draw.normal(*shape, dtype=dtype),
             "grad": draw.normal(*shape), "temperature": draw.scalar(1.5), "dl0": draw.scalar(0.25),
         }  # fmt: skip

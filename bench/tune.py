@@ -43,14 +43,14 @@ from gpu_results import version, write_atomically
 from gpu_timing import Clock, Failure, Timing
 from torch import Tensor
 
-from csmask import _plain, _plain_step, reference
+from csmask import _plain, _plain_step, reference, state_codes
 from csmask._ops import SCHEMAS, triton_kernel
 
 LINEAR = ("masked_linear", "masked_linear_dx", "masked_linear_dlogits")
 CONV = ("masked_conv", "masked_conv_dx", "masked_conv_dlogits")
 ELEMENTWISE = ("materialize", "logits_grad", "scale_neurons", "scale_neurons_grad", "pack_mask", "apply_bitmask")
-STEP, BITS = "mask_step", "bitmask_linear"
-OPS = (*LINEAR, *ELEMENTWISE, STEP, BITS, *CONV)
+STEPS, BITS = ("mask_step", "mask_step_8_bits"), "bitmask_linear"
+OPS = (*LINEAR, *ELEMENTWISE, *STEPS, BITS, *CONV)
 # Buckets of tokens, or of a convolution's output positions, those that matter most first.
 TOKENS = (16, 1024, 128, 8192, 64, 256)
 FEW_TOKENS = (16, 64)
@@ -117,8 +117,8 @@ def problems(
     yield from linear(tokens[0])
     for op in (op for op in ELEMENTWISE if op in ops):
         yield op, lambda op=op: _elementwise(op, n, k, dtype, device)
-    if STEP in ops:
-        yield STEP, lambda: _step(n, k, dtype, device)
+    for op in (op for op in STEPS if op in ops):
+        yield op, lambda op=op: _step(op, n, k, dtype, device)
     for m in tokens[:1] if toy else FEW_TOKENS:
         if BITS in ops:
             yield f"{BITS} M={m}", lambda m=m: _linear(BITS, m, n, k, dtype, device, target)
@@ -206,9 +206,10 @@ def _elementwise(op: str, n: int, k: int, dtype: torch.dtype, device: torch.devi
     return Problem(op, n * k, blocks, call, functools.partial(_plain.OPS[op], *call.args))
 
 
-def _step(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def _step(op: str, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
     """AdamW's step, which speaks for SGD's: 4, 8 or 16 elements to a thread, in pieces that follow each other."""
-    call = step_calls(n, k, dtype, device, rate=0.0)["mask_adamw_"][0]()
+    has_codes = op != STEPS[0]
+    call = step_calls(n, k, dtype, device, rate=0.0)["mask_adamw_ 8 bits" if has_codes else "mask_adamw_"][0]()
     assert isinstance(call, functools.partial)
     masked = call.args[4]
 
@@ -221,8 +222,9 @@ def _step(n: int, k: int, dtype: torch.dtype, device: torch.device) -> Problem:
     blocks = [
         StepConfig(32 * warps * entries, warps, pieces)
         for entries in (4, 8, 16) for warps in (1, 2, 4) for pieces in (1, 2, 4, 8)
+        if not has_codes or 32 * warps * entries % state_codes.BLOCK == 0
     ]  # fmt: skip
-    return Problem(STEP, n * k, blocks, lambda: (*call(), *masked), expected)
+    return Problem(op, n * k, blocks, lambda: (*call(), *masked), expected)
 
 
 def _results(results: Any) -> tuple[Tensor, ...]:

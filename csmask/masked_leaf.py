@@ -9,6 +9,7 @@ its own: clipping, ``GradScaler`` and loops that look at gradients see what they
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,18 @@ def leaf_of(mask_logits: Tensor) -> MaskedLeaf | None:
 def grad_so_far(mask_logits: Tensor) -> Tensor | None:
     """``mask_logits.grad`` as it is, without what waits in a leaf."""
     return _raw_grad.__get__(mask_logits)
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """The method, without keeping its object: cycles through a tensor's hooks are beyond the garbage collector."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(tensor)
+
+    return hook
 
 
 class DeferredLogits(nn.Parameter):
@@ -135,7 +148,7 @@ class LeafGroup:
         """From now on another leaf of autograd: gradients of an earlier one belong to other masks."""
         with torch.inference_mode(False):
             self.l0s = self._memory.detach().requires_grad_()
-        self.l0s.register_post_accumulate_grad_hook(self._note_dl0)
+        self.l0s.register_post_accumulate_grad_hook(_weakly(self._note_dl0))
 
     def set_l0(self, index: int, l0: Tensor) -> None:
         """The sum of one leaf."""
@@ -320,7 +333,7 @@ class MaskedLeaf:
         """
         with torch.inference_mode(False):
             self.value = memory.detach().requires_grad_()
-        self.value.register_post_accumulate_grad_hook(self._receive)
+        self.value.register_post_accumulate_grad_hook(_weakly(self._receive))
         self._key = self._state(memory.dtype)
 
     def forget(self) -> None:

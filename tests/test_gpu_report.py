@@ -69,7 +69,7 @@ def test_percentages_are_at_least():
 
 
 def test_what_does_not_fit_has_no_figures():
-    figures = [("lean", 1.0, "fits"), ("eager", 0.0, "fits"), ("lean", 12.3, "time"), ("lean", 650.4, "rate"),
+    figures = [("lean", 1.0, "fits"), ("eager", 0.0, "fits"), ("lean", 12.3, "time"), ("lean", 650.4, "throughput"),
                ("lean", 60.05, "peak memory")]  # fmt: skip
     rows = [row(way, "training", value, "1 x 8 tokens", metric, "m") for way, value, metric in figures]
     lines = gpu_report.training_of(rows).splitlines()[2:]

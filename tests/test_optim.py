@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -793,3 +794,15 @@ def test_layers_that_cannot_wait_train_all_the_same(monkeypatch):
     circuit = small()
     MaskAdamW(circuit.mask_parameters())
     assert not any(layer.waits for layer in circuit.masked_layers.values())
+
+
+@pytest.mark.parametrize("settings", [{}, {"lean": True}, {"state_bits": 8}], ids=str)
+def test_a_circuit_that_is_dropped_is_freed(settings):
+    """A masked weight's hook must not keep the layer whose masked weight it is."""
+    circuit = circuit_of()
+    optimizer = MaskAdamW(circuit.mask_parameters(), **settings)
+    train(circuit, optimizer, steps=2)
+    alive = [weakref.ref(p) for p in circuit.parameters()] + [weakref.ref(circuit), weakref.ref(optimizer)]
+    del circuit, optimizer
+    gc.collect()
+    assert [ref() for ref in alive if ref() is not None] == []

@@ -201,8 +201,12 @@ def _group(
 ) -> Group:  # fmt: skip
     sizes = [row["logits"].numel() for _, _, row in layers]  # type: ignore[union-attr]
     default = DEFAULT_CONFIGS.get(target.backend, DEFAULT_CONFIGS["cuda"])
-    config = config or get_config("mask_step", target, sum(sizes), default)
-    if layers[0][2].get("state_scales") is not None and config.block % STATE_BLOCK:
+    has_codes = layers[0][2].get("state_scales") is not None
+    if config is None:
+        config = get_config("mask_step", target, sum(sizes), default)
+        # With codes there is more to compute for fewer bytes.
+        config = get_config("mask_step_8_bits", target, sum(sizes), config) if has_codes else config
+    if has_codes and config.block % STATE_BLOCK:
         config = dataclasses.replace(config, block=STATE_BLOCK)  # a scale is one program's
     count = triton.next_power_of_2(len(layers) + 1)
     table = [[0] * count for _ in COLUMNS]
