@@ -125,10 +125,16 @@ def training_of(rows: Rows) -> str:
 
 
 def about(rows: Rows) -> str:
-    row = rows[0]
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        modes = runs.setdefault(f"{row['time'][:10]}, {row['version']}", [])
+        mode = "checks" if row["metric"] == "error / limit" else row["mode"]
+        if mode not in modes:
+            modes.append(mode)
+    told = [run if len(runs) == 1 else f"{', '.join(modes)}: {run}" for run, modes in runs.items()]
     text = (
-        f"{row['gpu']}; {row['time'][:10]}, {row['version']}; bf16, fp32 logits. Medians of replays of a CUDA graph "
-        "with cold L2, all taking turns, as multiples of dense."
+        f"{rows[0]['gpu']}; {'; '.join(told)}; bf16, fp32 logits. Medians of replays of a CUDA graph with cold L2, all "
+        "taking turns, as multiples of dense."
     )
     copies = values(rows, "copy", "bandwidth", "copy")
     products = values(rows, "product", "rate", "matmul")
