@@ -33,20 +33,24 @@ class Ceilings:
     bandwidth: float
     matrix_16: float  # FLOP/s of bf16 and fp16 products
     matrix_32: float  # FLOP/s of fp32 products
-    masks: float  # soft masks per second in a kernel's prologue
+    masks: float  # soft masks per second in a kernel's prologue, behind its loads
+    launch: float = 0.0  # seconds that a product takes beyond its traffic and arithmetic
+    masked: tuple[float, float] = (1.0, 1.0)  # of bandwidth and matrix rate, what a product with masks inside reaches
     in_blocks: bool = False  # whether masks are made block by block before each block's product, as on a CPU
 
 
 # masks: two special-function operations each (ex2 and rcp), 16 per cycle and multiprocessor on NVIDIA since sm_70
-# (CUDA C++ programming guide, arithmetic throughput), halved because they share issue slots with the product: derived.
+# (CUDA C++ programming guide, arithmetic throughput): derived.
+# launch and masked: fitted to bench/results/NVIDIA_H200.csv, and taken for other GPUs as they are.
+_LAUNCH, _MASKED = 7e-6, (0.85, 0.4)
 CEILINGS = {
     # copy and bf16 rate: measured on one H200 and one H100 80GB HBM3 through PyTorch 2.11; fp32: datasheet
-    "H200": Ceilings(4.3e12, 7.9e14, 6.7e13, 9e11),
-    "H100": Ceilings(3.0e12, 8.0e14, 6.7e13, 9e11),
+    "H200": Ceilings(4.3e12, 7.9e14, 6.7e13, 1.85e12, _LAUNCH, _MASKED),
+    "H100": Ceilings(3.0e12, 8.0e14, 6.7e13, 1.85e12, _LAUNCH, _MASKED),
     # datasheets, at 85 % of peak
-    "B200": Ceilings(6.8e12, 1.9e15, 6.8e13, 1.1e12),
-    "A100": Ceilings(1.7e12, 2.6e14, 1.7e13, 6e11),
-    "MI300X": Ceilings(4.5e12, 1.1e15, 1.4e14, 1.2e12),
+    "B200": Ceilings(6.8e12, 1.9e15, 6.8e13, 2.2e12, _LAUNCH, _MASKED),
+    "A100": Ceilings(1.7e12, 2.6e14, 1.7e13, 1.2e12, _LAUNCH, _MASKED),
+    "MI300X": Ceilings(4.5e12, 1.1e15, 1.4e14, 2.4e12, _LAUNCH, _MASKED),
     # measured on 2 cores of an AMD EPYC with AVX-512, PyTorch 2.13: a copy, products of 4096 x 4096 with 512 rows, and
     # mask_sums. More cores raise all four; what is chosen depends on their ratios.
     "cpu": Ceilings(4.2e10, 7e11, 1.7e11, 8e9, in_blocks=True),
@@ -81,22 +85,25 @@ def predict(
     activations = rows * (in_features + out_features) * itemsize
     flops = 2 * rows * weights
 
-    def product(weight_bytes: float, masks: float = 0.0) -> float:
-        # Mask arithmetic takes issue slots of the product itself: it adds to the arithmetic, not to the traffic.
-        traffic = (weights * weight_bytes + activations) / ceilings.bandwidth
-        return max(flops / rate + masks / ceilings.masks, traffic)
+    def traffic(weight_bytes: float) -> float:
+        return (weights * weight_bytes + activations) / ceilings.bandwidth
+
+    def masked(weight_bytes: float, tiles: int) -> float:
+        # Masks are made while operands are on their way, and products wait for them.
+        bandwidth, matrix = ceilings.masked
+        return max(traffic(weight_bytes) / bandwidth, weights * tiles / ceilings.masks) + flops / rate / matrix
 
     if ceilings.in_blocks and execution in EXECUTIONS:
         return _predict_in_blocks(execution, flops / rate, weights, itemsize, activations, ceilings, kept)
     if execution == "per_forward":
         materialize = (2 * itemsize + _LOGIT) * (1 if kept else 2)
         logits_grad = 2 * itemsize + 2 * _LOGIT
-        return 3 * product(itemsize) + weights * (materialize + logits_grad) / ceilings.bandwidth
+        dense = traffic(itemsize) + flops / rate + ceilings.launch
+        return 3 * dense + weights * (materialize + logits_grad) / ceilings.bandwidth
     if execution == "in_kernel":
         # Every tile of 128 rows computes the masks of its weights again.
         tiles = -(-rows // 128)
-        operand = product(itemsize + _LOGIT, weights * tiles)
-        return 2 * operand + product(itemsize + 2 * _LOGIT, weights)
+        return 2 * masked(itemsize + _LOGIT, tiles) + masked(itemsize + 2 * _LOGIT, 1)
     raise ValueError(f"no cost known for execution {execution!r}")
 
 

@@ -1,9 +1,10 @@
 """A training step of masks over a billion weights, on a CPU, in 16 GiB of memory.
 
 A Llama-shaped model with random weights in bf16 gets a mask over every linear layer of its blocks: by default 17 blocks
-of Llama-3.2-1B's shape, 1.03 billion masked weights. ``MaskAdamW(..., lean=True)`` steps each layer inside backward, so
-that what stays in memory are the weights (2 bytes each), the mask logits (4) and the optimizer's states (8). What a run
-is for is its last line: the most memory that the process has had, as the system counts it.
+of Llama-3.2-1B's shape, 1.03 billion masked weights. ``MaskAdamW(..., lean=True, state_bits=8)`` steps each layer
+inside backward, so that what stays in memory are the weights (2 bytes each), the mask logits (4) and the optimizer's
+states (2, or 8 with ``--state-bits 32``). What a run is for is its last line: the most memory that the process has had,
+as the system counts it.
 
 Run ``python examples/billion.py``; it takes some minutes and needs transformers besides csmask. ``--blocks 2`` is a
 first try for small machines.
@@ -33,6 +34,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=2048, help="features; the MLP has 4 times as many (2048)")
     parser.add_argument("--tokens", type=int, default=32, help="of the one sequence in a batch (32)")
     parser.add_argument("--steps", type=int, default=1, help="of training (1)")
+    parser.add_argument("--state-bits", type=int, choices=(8, 32), default=8, help="of the optimizer's states (8)")
     parser.add_argument("--limit", type=float, default=16.0, help="GiB that the process may take at most (16)")
     return parser.parse_args(arguments)
 
@@ -74,7 +76,7 @@ def main(arguments: list[str]) -> int:
     print(f"{started:.2f} GiB before the model; building it")
     config = CircuitConfig(target_layers="all-linear", mask_hparams={"mask_init_value": 0.05}, l0_lambda=1e-9)
     circuit = CircuitModel(config, build(options.blocks, options.hidden))
-    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.01, lean=True)
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.01, lean=True, state_bits=options.state_bits)
     masked = sum(param.numel() for param in circuit.mask_parameters())
     print(f"{masked:,} masked weights in {len(circuit.masked_layers)} layers; {peak():.2f} GiB")
     begun = time.perf_counter()

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import gpu_report  # noqa: E402 - bench holds scripts, not a package
 from gpu_results import COLUMNS  # noqa: E402
+
+from csmask import cost  # noqa: E402
 
 CSV = BENCH / "results" / "NVIDIA_H200.csv"
 
@@ -88,3 +91,17 @@ def test_what_is_missed_is_named_with_its_figure():
 def test_without_a_csv_it_says_what_to_run(tmp_path, capsys):
     assert gpu_report.main(["--csv", str(tmp_path / "none.csv")]) == 1
     assert "gpu_suite.py" in capsys.readouterr().err
+
+
+def test_auto_picks_what_was_measured_faster():
+    """Of the two executions that need no optimizer of csmask's, at every shape of the GPU's table."""
+    with CSV.open(newline="") as file:
+        rows = [{**r, "value": float(r["value"])} for r in csv.DictReader(file)]
+    times = gpu_report.values(rows, "forward+backward", "time")
+    ceilings = cost.ceilings_of("cuda", "NVIDIA H200")
+    assert len(times) == 10
+    for x, found in times.items():
+        m, n, k = (int(part.split("=")[1]) for part in x.split())
+        pick = cost.choose(m, torch.empty(n, k, dtype=torch.bfloat16, device="meta"), ceilings, trains=True)
+        measured = {"per_forward": found["per_forward kept"], "in_kernel": found["in_kernel"]}
+        assert measured[pick] == min(measured.values()), x

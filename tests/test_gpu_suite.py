@@ -58,7 +58,7 @@ def read(directory: Path) -> dict:
 def rehearsal(tmp_path_factory):
     """One run of every stage, in little time: correctness may not reach every op."""
     out = tmp_path_factory.mktemp("suite")
-    done = run_script(str(BENCH / "gpu_suite.py"), str(out), "--rehearse", "--seconds", "60", interpret=False)
+    done = run_script(str(BENCH / "gpu_suite.py"), str(out), "--rehearse", "--seconds", "200", interpret=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out, done.stdout
 
@@ -134,7 +134,7 @@ def test_the_search_of_a_rehearsal_stays_in_its_directory(rehearsal):
 
 
 def suite(*arguments: str, **options) -> int:
-    return gpu_suite.main([*arguments, "--rehearse", "--seconds", "60", "--seed", "5"], **options)
+    return gpu_suite.main([*arguments, "--rehearse", "--seconds", "200", "--seed", "5"], **options)
 
 
 def one_row(context: gpu_results.Context) -> None:
