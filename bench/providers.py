@@ -187,7 +187,7 @@ def _results(
 
 
 def _errors_over(
-    got: dict[str, Tensor | None], expected: dict[str, Expected | None], dtype: torch.dtype, roundings: int
+    got: dict[str, Tensor | None], expected: dict[str, Expected | None], dtype: torch.dtype, roundings: int = 1
 ) -> list[str]:
     limit, limit_of_one = LARGEST_ERROR[dtype.itemsize], roundings * LARGEST_ERROR_OF_ONE[dtype.itemsize]
     wrong = []

@@ -48,6 +48,7 @@ class MaskedLinear(MaskedLayer):
         autocast = torch.is_autocast_enabled(x.device.type)
         if (
             torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()  # which know nothing of what waits elsewhere
             or not torch.is_grad_enabled()
             or (x.dtype != masked_weight.dtype and not autocast)
         ):

@@ -13,7 +13,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .masked_leaf import MaskedLeaf
+from .masked_leaf import MaskedLeaf, is_asked_for
 
 
 class _LeafLinear(Function):
@@ -28,12 +28,14 @@ class _LeafLinear(Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x,), value = ctx.saved_tensors, ctx.value
+        ctx.leaf.check_value(value)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             dx = reference.apply_linear(dout, value.detach(), None, not ctx.transposed)
         rows = dout.reshape(-1, dout.shape[-1])
         inputs = x.reshape(-1, x.shape[-1])
-        ctx.leaf.receive_product(value, *((inputs.t(), rows) if ctx.transposed else (rows.t(), inputs)))
+        if is_asked_for(value):
+            ctx.leaf.receive_product(*((inputs.t(), rows) if ctx.transposed else (rows.t(), inputs)))
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dx, None, dbias, None, None

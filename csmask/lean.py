@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ._ops import ops
 from .autograd import _dense_backward, _dense_forward
-from .masked_leaf import LEAN_ELSE, REPLACED, SECOND, MaskedLeaf, grad_so_far, wide
+from .masked_leaf import LEAN_ELSE, REPLACED, SECOND, MaskedLeaf, grad_so_far, is_asked_for, wide
 
 _SPENT = (
     "in lean mode the gradients are used up inside backward, so they cannot be read, scaled, clipped or cleared before "
@@ -190,15 +190,10 @@ class LeanOp(torch.autograd.Function):
         leaf = ctx.leaf
         leaf.check_use(ctx.use)
         (x,) = ctx.saved_tensors  # under checkpointing, another forward
-        steps = _is_asked_for(leaf.anchor)
+        steps = is_asked_for(leaf.anchor)
         wants = [ctx.needs_input_grad[0], steps, ctx.needs_input_grad[2]]
         masked_weight = leaf.make(ctx.dtype) if wants[0] else torch.empty_like(leaf.weight, dtype=ctx.dtype)
         dx, dmasked_weight, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants)
         if dmasked_weight is not None:
             leaf.receive(ctx.use, dmasked_weight, masked_weight)
         return dx, None, dbias, None, None
-
-
-def _is_asked_for(anchor: Tensor) -> bool:
-    """Whether this is a plain ``backward()``: ``torch.autograd.grad`` and ``backward(inputs=...)`` step nothing."""
-    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(anchor).node)

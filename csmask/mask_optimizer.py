@@ -5,6 +5,7 @@ Which layers are theirs, which gradients wait, clipping, the turns of lean mode,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,6 +52,7 @@ class _MaskOptimizer(Optimizer):
             raise ValueError(f"max_grad_norm must be positive, or None not to clip, got {max_grad_norm}")
         self.max_grad_norm, self.lean = max_grad_norm, lean
         self.grad_norm: Tensor | None = None
+        self._looks_again = False
         self._begin_turns()
         super().__init__(params, defaults)
         self._groups: list[LeafGroup] = []
@@ -76,14 +78,18 @@ class _MaskOptimizer(Optimizer):
                 leaf.refresh()  # made here, a compiled forward finds it
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "lean": self.lean}
+        state = {"max_grad_norm": self.max_grad_norm, "lean": self.lean, "_last_factor": self._last_factor}
+        return {**super().__getstate__(), **state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_groups" not in vars(self):  # unpickled or copied
+            last = state.get("_last_factor")
             self.grad_norm, self._groups = None, []
             self._begin_turns()
+            self._last_factor = last
             self._take_layers()
+            self._looks_again = not self._groups
 
     @property
     def leaves(self) -> list[MaskedLeaf]:
@@ -92,6 +98,11 @@ class _MaskOptimizer(Optimizer):
     def _own_leaves(self) -> list[MaskedLeaf]:
         """Those that no other optimizer has taken over."""
         return [leaf for leaf in self.leaves if leaf.group is not None and leaf.group.optimizer() is self]
+
+    def state_dict(self) -> dict[str, Any]:
+        """As any optimizer's; in lean mode also by what the next step is clipped."""
+        found = super().state_dict()
+        return found if self._last_factor is None else {**found, "last_factor": self._last_factor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Those of ``torch.optim``'s namesake load, too.
@@ -102,6 +113,8 @@ class _MaskOptimizer(Optimizer):
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
             raise ValueError("the saved optimizer has amsgrad=True, which MaskAdamW does not know")
         super().load_state_dict(state_dict)
+        last = state_dict.get("last_factor") if self.lean else None
+        self._last_factor = None if last is None else last.clone()
         for param, state in self.state.items():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].to(param.device, torch.float32)
@@ -121,6 +134,9 @@ class _MaskOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._looks_again:  # copied before its circuit was
+            self._looks_again = False
+            self._take_layers()
         mine = self._own_leaves()
         if self.leaves and not mine:
             raise RuntimeError("another optimizer has taken over the layers of this one: make a new one, or step that")
@@ -168,10 +184,16 @@ class _MaskOptimizer(Optimizer):
             return None
         device = norms[0].device
         self.grad_norm = torch.linalg.vector_norm(torch.cat([n.reshape(-1).to(device) for n in norms]))
+        if math.isinf(self.max_grad_norm):
+            self._turn_norms = []
+            return None
         factor = (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         if not self.lean:
             return factor
-        last, self._turn_norms, self._last_factor = self._last_factor, [], factor
+        last = self._last_factor
+        # A norm that is no number says nothing of the next step's.
+        kept = torch.ones_like(factor) if last is None else last.to(factor.device)
+        self._turn_norms, self._last_factor = [], torch.where(self.grad_norm.isfinite(), factor, kept)
         return last
 
     def _step_leaves(self, group: dict[str, Any], leaves: list[MaskedLeaf], factor: Tensor | None) -> None:

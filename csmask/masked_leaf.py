@@ -58,10 +58,17 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 
     def hook(tensor: Tensor) -> None:
         alive = reference()
-        if alive is not None:
-            alive(tensor)
+        if alive is None:  # its optimizer has been replaced since the forward
+            tensor.grad = None
+            raise RuntimeError(REPLACED)
+        alive(tensor)
 
     return hook
+
+
+def is_asked_for(leaf: Tensor) -> bool:
+    """Within backward: whether it is for the leaf too, as those of ``torch.autograd.grad`` need not be."""
+    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
 
 
 class DeferredLogits(nn.Parameter):
@@ -360,14 +367,15 @@ class MaskedLeaf:
         value.grad = None
         self._sum = grad if self._sum is None else wide(self._sum).add_(grad)
 
-    def receive_product(self, value: Tensor, a: Tensor, b: Tensor) -> None:
-        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called without gradients.
-
-        Raises:
-            RuntimeError: the forward ran on another masked weight than there is now.
-        """
-        if value is not self.value:
+    def check_value(self, value: Tensor | None) -> None:
+        """Raise unless a forward ran on the masked weight that there is now."""
+        if value is None or value is not self.value:
             raise RuntimeError(REPLACED)
+
+    def receive_product(self, a: Tensor, b: Tensor) -> None:
+        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called without gradients."""
+        value = self.value
+        assert value is not None
         total, value.grad = self.dmasked_weight, None
         narrow = value.dtype.itemsize < 4
         # One kernel multiplies 16-bit operands into a sum in fp32, where there is one.

@@ -142,8 +142,20 @@ class MaskAdamW(_MaskOptimizer):
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         codes = state.get("exp_avg_codes")
+        if codes is not None:
+            # Codes are in a unit that the betas decide about: a schedule may have changed the first one.
+            before = state.setdefault("code_betas", tuple(group["betas"]))
+            if before[1] != group["betas"][1]:
+                raise ValueError(
+                    f"states in 8 bits were made with betas[1] = {before[1]} and cannot go on with "
+                    f"{group['betas'][1]}: set it back, or train with state_bits=32"
+                )
+            if before != tuple(group["betas"]):
+                state_codes.change_unit(codes, state_codes.average_unit(before, state["step"]), unit())
+                state["code_betas"] = tuple(group["betas"])
         if codes is not None and (bits == 32 or not _lies_like(codes, param)):
             first, second, scales = (state.pop(name) for name in _CODES)
+            del state["code_betas"]
             for name, average in zip(_AVERAGES, state_codes.decode(first, second, scales, unit()), strict=True):
                 state[name] = torch.empty_like(param).copy_(average)
         if bits == 8 and "exp_avg" in state:

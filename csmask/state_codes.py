@@ -5,6 +5,9 @@
     c >= 64    (1 + c % 16 / 16) * 2**(c // 16 - 15)    12 octaves in steps of a 16th to a 32nd
     c < 64     (1 + c % 4 / 4) * 2**(c // 4 - 27)       16 octaves in steps of a 4th to an 8th
 
+Where a gradient stays below a ten-thousandth of the largest in its block, its square has no code so small, and its
+logit moves too slowly.
+
 A scale is a power of two: what has not changed keeps its value, whatever its neighbours do. A step changes
 ``exp_avg_sq`` by a thousandth, so rounded to the nearest it would stand still. It is rounded up where the share of the
 way to the upper neighbour exceeds a number that fills [0, 1) evenly from step to step, the golden ratio's multiples
@@ -32,6 +35,9 @@ from torch import Tensor
 
 BLOCK = 256
 UNITS = 96.0  # codes of exp_avg between 0 and 1
+_INFINITE = (
+    0x7F800000  # from here on, the bits of what is no number; its code is the largest, its scale its neighbours'
+)
 
 
 def blocks_of(numel: int) -> int:
@@ -100,15 +106,17 @@ def _encode_squares(squares: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     blocks = torch.zeros(blocks_of(squares.numel()) * BLOCK, device=squares.device)
     blocks[: squares.numel()] = squares
     largest = _bits(blocks).view(-1, BLOCK)
+    largest = torch.where((largest >= 0) & (largest < _INFINITE), largest, 0)
     # Rounded up to a code, the largest stays below twice the scale.
     exponents = (largest.amax(1) if largest.numel() else largest.sum(1)) + (1 << 19) - 1 >> 23
-    exponents = exponents.clamp(min=28)
+    exponents = exponents.clamp(28, 254)
     exponent = _per_weight(exponents, squares.numel())
     bits, dither = _bits(squares), _dither(squares.numel(), step, squares.device)
     fine = (bits + (dither << 3) >> 19) - 16 * exponent + 240
     coarse = (bits + (dither << 5) >> 21) - 4 * exponent + 108
     codes = torch.where(bits >= exponent - 11 << 23, fine, coarse.clamp(min=1)) * (bits > 0)
-    return codes.to(torch.uint8), _float(exponents << 23)
+    is_finite = (bits >= 0) & (bits < _INFINITE)
+    return torch.where(is_finite, codes, 255).clamp(max=255).to(torch.uint8), _float(exponents << 23)
 
 
 def _decode_squares(codes: Tensor, scales: Tensor) -> Tensor:
@@ -128,7 +136,7 @@ def encode(exp_avg: Tensor, exp_avg_sq: Tensor, unit: Tensor, step: Tensor) -> t
     squares, scales = _encode_squares(_in_memory_order(exp_avg_sq).float(), step)
     roots = _decode_squares(squares, scales).sqrt()
     inverse = torch.where(roots > 0, (UNITS / unit) / roots, 0.0)
-    averages = (_in_memory_order(exp_avg).float() * inverse).round().clamp(-127, 127).to(torch.int8)
+    averages = (_in_memory_order(exp_avg).float() * inverse).round().nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
     return _like(averages, exp_avg), _like(squares, exp_avg_sq), scales
 
 
@@ -137,3 +145,9 @@ def decode(exp_avg_codes: Tensor, exp_avg_sq_codes: Tensor, scales: Tensor, unit
     squares = _decode_squares(_in_memory_order(exp_avg_sq_codes), scales)
     averages = _in_memory_order(exp_avg_codes) * (unit / UNITS) * squares.sqrt()
     return _like(averages, exp_avg_codes), _like(squares, exp_avg_sq_codes)
+
+
+def change_unit(exp_avg_codes: Tensor, before: Tensor, after: Tensor) -> None:
+    """Write the averages' codes in another unit, ``average_unit`` of other betas; 0 units leave them."""
+    ratio = torch.where(after > 0, before / after, 1.0).to(exp_avg_codes.device)
+    exp_avg_codes.copy_((exp_avg_codes * ratio).round().clamp(-127, 127))

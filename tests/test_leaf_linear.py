@@ -125,3 +125,32 @@ def test_what_is_saved_for_backward_is_the_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
         circuit(x)
     assert saved == [x.shape]
+
+
+@pytest.mark.parametrize("how", ["autograd.grad", "inputs"])
+def test_gradients_of_the_input_alone_leave_the_masks_alone(how):
+    circuit, optimizer = layer_of("linear", torch.float32)
+    logits = circuit.mask_parameters()[0].detach().clone()
+    (x,) = inputs(torch.float32, count=1)
+    x.requires_grad_()
+    loss = circuit(x).square().sum()
+    if how == "inputs":
+        loss.backward(inputs=[x], retain_graph=True)
+        dx = x.grad
+    else:
+        (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert (dx - expected(circuit, "linear", [x.detach()])[1][0]).norm() <= 1e-6 * dx.norm()
+    leaf = circuit.masked_layers["0"].leaf
+    assert leaf.dmasked_weight is None
+    optimizer.step()
+    assert torch.equal(circuit.mask_parameters()[0], logits)
+    loss.backward()  # of the same graph, and now for all
+    total = expected(circuit, "linear", [x.detach()])[2]
+    assert (leaf.dmasked_weight - total).norm() <= 1e-6 * total.norm()
+
+
+def test_functorch_sees_a_plain_layer():
+    circuit, _ = layer_of("linear", torch.float32)
+    xs = torch.stack(inputs(torch.float32))
+    out = torch.func.vmap(circuit)(xs)
+    torch.testing.assert_close(out, torch.stack([circuit(x) for x in xs]))

@@ -806,3 +806,41 @@ def test_a_circuit_that_is_dropped_is_freed(settings):
     del circuit, optimizer
     gc.collect()
     assert [ref() for ref in alive if ref() is not None] == []
+
+
+def test_infinity_does_not_clip_and_a_bad_norm_spoils_nothing_else():
+    """One layer's gradient is infinite; the other's step is what it is without a bound."""
+    found = {}
+    for bound in (None, math.inf):
+        circuit = circuit_of(targets=["flat", "head"])
+        optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.1, max_grad_norm=bound)
+        ((x, y),) = batches(0, 1)
+        loss = circuit(x, y)["loss"]
+        flat = circuit.masked_layers["flat"]
+        (loss + 3e38 * 1e38 * flat.leaf.current(torch.float32).sum() * 1e10).backward()
+        optimizer.step()
+        found[bound] = [p.detach().clone() for p in circuit.mask_parameters()]
+    for ours, theirs in zip(found[math.inf], found[None], strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+    assert any(p.isfinite().all() for p in found[math.inf])
+
+
+def test_an_l0_whose_optimizer_is_gone_is_refused():
+    circuit = circuit_of()
+    params = circuit.mask_parameters()
+    optimizer = MaskAdamW(params)
+    l0 = circuit.l0()
+    optimizer = MaskAdamW(params)
+    gc.collect()
+    with pytest.raises(RuntimeError, match="replaced since"):
+        l0.backward()
+    optimizer.zero_grad()
+
+
+def test_an_optimizer_that_is_copied_before_its_circuit_finds_its_layers():
+    circuit = circuit_of()
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.05)
+    train(circuit, optimizer, steps=2)
+    optimizer, circuit = copy.deepcopy((optimizer, circuit))
+    train(circuit, optimizer, steps=1)
+    assert {id(leaf.mask_logits) for leaf in optimizer.leaves} == {id(p) for p in circuit.mask_parameters()}

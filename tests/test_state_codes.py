@@ -216,7 +216,7 @@ def test_bytes_of_the_states():
     train(circuit, optimizer, 1)
     for param in circuit.mask_parameters():
         state = optimizer.state[param]
-        assert set(state) == {"step", *CODES}
+        assert set(state) == {"step", "code_betas", *CODES}
         blocks = -(-param.numel() // 256)
         assert sum(state[name].nbytes for name in CODES) == 2 * param.numel() + 4 * blocks
 
@@ -324,3 +324,72 @@ def test_codes_that_do_not_fit_are_refused_before_anything_is_written():
         with pytest.raises(error, match=message):
             run(arguments, 1)
         assert torch.equal(arguments[0][0], before)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.nan, math.nan, 1e30, 2e19])
+def test_a_gradient_that_is_no_number_spoils_no_neighbour(request, monkeypatch, bad):
+    """What it does to its own logit is what it does in 32 bits; the others of its block go on, on every back end."""
+
+    def call():
+        arguments = layers(shapes=((300,),), grads_only=True)
+        arguments[7][0][7] = bad
+        return run(arguments, 1, changing=False), run(run_on(arguments), 3)
+
+    def run_on(arguments):
+        first = run(arguments, 1, changing=False)
+        first[7][0][7] = 1.0
+        return first
+
+    for once, later in back_ends(request, monkeypatch, call):
+        assert bool(once[3][0].isfinite().all())
+        others = torch.arange(300) != 7
+        for arguments in (once, later):
+            assert bool(arguments[0][0][others].isfinite().all())
+            averages, squares = state_codes.decode(
+                *(arguments[k][0] for k in (1, 2, 3)), state_codes.average_unit(BETAS, scalar(3))
+            )
+            assert bool(averages.isfinite().all())
+            assert bool(squares.isfinite().all())
+
+
+def test_codes_follow_betas_that_change():
+    """As ``OneCycleLR`` changes them: codes are in a unit that betas decide about."""
+    moved = {}
+    for bits in (8, 32):
+        circuit = circuit_of()
+        optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.01, state_bits=bits)
+        train(circuit, optimizer, steps=40)
+        before = [p.detach().clone() for p in circuit.mask_parameters()]
+        for beta in (0.85, 0.5, 0.95):
+            optimizer.param_groups[0]["betas"] = (beta, 0.999)
+            train(circuit, optimizer, steps=2)
+        moved[bits] = torch.cat([(p - b).flatten() for p, b in zip(circuit.mask_parameters(), before, strict=True)])
+    assert float((moved[8] - moved[32]).norm() / moved[32].norm()) < 0.1
+
+
+def test_another_second_beta_is_refused():
+    circuit = circuit_of()
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.01, state_bits=8)
+    train(circuit, optimizer, steps=2)
+    before = [p.detach().clone() for p in circuit.mask_parameters()]
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    with pytest.raises(ValueError, match="state_bits=32"):
+        train(circuit, optimizer, steps=1)
+    assert all(torch.equal(p, b) for p, b in zip(circuit.mask_parameters(), before, strict=True))
+
+
+def test_the_range_in_which_small_gradients_train_beside_large_ones():
+    """Down to a ten-thousandth of the largest of its block; what is further below moves too slowly."""
+    shares = torch.cat([torch.ones(1), torch.full((299,), 1e-4)])
+    moved = {}
+    for bits in (8, 32):
+        logits, weight = torch.zeros(300), torch.ones(300)
+        first, second, scales = (
+            ([torch.zeros(300)], [torch.zeros(300)], []) if bits == 32 else ([t] for t in state_codes.zeros(logits))
+        )
+        for step in range(1, 61):
+            ops.mask_adamw_([logits], first, second, scales, [weight.clone()], [None], [weight], [shares.clone()],
+                            [scalar(1)], [None], [1.0], [scalar(step)], None, scalar(0.01), *BETAS, 1e-12, 0.0,
+                            False)  # fmt: skip
+        moved[bits] = logits
+    assert float((moved[8] - moved[32]).norm() / moved[32].norm()) < 0.03

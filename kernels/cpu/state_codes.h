@@ -13,6 +13,7 @@ namespace CSMASK_ISA {
 
 constexpr float kAverageUnits = 96.0f;
 constexpr float kLargestAverageCode = 127.0f;
+constexpr uint32_t kInfinite = 0x7f800000u;  // from here on, the bits of what is no number
 
 static inline float decode_square(uint32_t code, float scale) {
   const uint32_t fine = (code + 1792u) << 19;
@@ -32,9 +33,13 @@ static inline uint32_t dither(uint32_t element, uint32_t step) {
 static inline float encode_squares(const float* __restrict squares, uint32_t element, uint32_t step, int64_t n,
                                    uint8_t* __restrict codes) {
   uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = float_bits(squares[i]) > largest ? float_bits(squares[i]) : largest;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = float_bits(squares[i]);
+    const uint32_t finite = bits < kInfinite ? bits : 0u;
+    largest = finite > largest ? finite : largest;
+  }
   const auto rounded = static_cast<int32_t>((largest + (1u << 19) - 1u) >> 23);
-  const int32_t exponent = rounded < 28 ? 28 : rounded;
+  const int32_t exponent = rounded < 28 ? 28 : rounded > 254 ? 254 : rounded;
   const uint32_t fine_from = static_cast<uint32_t>(exponent - 11) << 23;
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = float_bits(squares[i]);
@@ -42,7 +47,8 @@ static inline float encode_squares(const float* __restrict squares, uint32_t ele
     const int32_t fine = static_cast<int32_t>((bits + (noise << 3)) >> 19) - 16 * exponent + 240;
     const int32_t coarse = static_cast<int32_t>((bits + (noise << 5)) >> 21) - 4 * exponent + 108;
     const int32_t code = bits >= fine_from ? fine : coarse < 1 ? 1 : coarse;
-    codes[i] = static_cast<uint8_t>(bits == 0u ? 0 : code);
+    const int32_t bounded = bits < kInfinite && code < 255 ? code : 255;
+    codes[i] = static_cast<uint8_t>(bits == 0u ? 0 : bounded);
   }
   return float_from_bits(static_cast<uint32_t>(exponent) << 23);
 }
@@ -85,10 +91,11 @@ static inline void encode_states(const StateCodes& states, int64_t begin, int64_
     for (int64_t i = 0; i < n; ++i) {
       const float root = __builtin_sqrtf(decode_square(second[i], scale));
       const float units = root > 0.0f ? average[i] * (inverse_unit / root) : 0.0f;
-      const float bounded = units > kLargestAverageCode    ? kLargestAverageCode
-                            : units < -kLargestAverageCode ? -kLargestAverageCode
-                                                           : units;
-      const float code = (bounded + 0x1.8p+23f) - 0x1.8p+23f;  // to the nearest integer, ties to even
+      const float at_most = units > kLargestAverageCode ? kLargestAverageCode : units;
+      const float bounded = at_most >= -kLargestAverageCode  ? at_most
+                            : at_most < -kLargestAverageCode ? -kLargestAverageCode
+                                                             : 0.0f;  // NaN
+      const float code = (bounded + 0x1.8p+23f) - 0x1.8p+23f;         // to the nearest integer, ties to even
       first[i] = static_cast<int8_t>(static_cast<int32_t>(code));
       average[i] += states.residue * (average[i] - code * unit * root);
     }

@@ -10,6 +10,7 @@ import triton.language as tl
 
 STATE_BLOCK = tl.constexpr(256)
 UNITS = tl.constexpr(96.0)
+INFINITE = tl.constexpr(0x7F800000)  # from here on, the bits of what is no number
 # Added and taken away again, it rounds to the nearest integer, ties to even.
 _ROUNDING = tl.constexpr(12582912.0)
 
@@ -31,11 +32,14 @@ def encode_squares(squares, offs, step):
     shape: tl.constexpr = (squares.shape[0] // STATE_BLOCK, STATE_BLOCK)
     dither = tl.reshape((word >> 16).to(tl.int32), shape)
     bits = tl.reshape(squares, shape).to(tl.int32, bitcast=True)
-    exponents = tl.maximum((tl.max(bits, axis=1) + ((1 << 19) - 1)) >> 23, 28)
+    is_finite = (bits >= 0) & (bits < INFINITE)
+    exponents = (tl.max(tl.where(is_finite, bits, 0), axis=1) + ((1 << 19) - 1)) >> 23
+    exponents = tl.minimum(tl.maximum(exponents, 28), 254)
     exponent = exponents[:, None]
     fine = ((bits + (dither << 3)) >> 19) - 16 * exponent + 240
     coarse = tl.maximum(((bits + (dither << 5)) >> 21) - 4 * exponent + 108, 1)
     codes = tl.where(bits == 0, 0, tl.where(bits >= ((exponent - 11) << 23), fine, coarse))
+    codes = tl.where(is_finite, tl.minimum(codes, 255), 255)
     return tl.reshape(codes.to(tl.uint8), squares.shape), (exponents << 23).to(tl.float32, bitcast=True)
 
 
@@ -50,5 +54,6 @@ def encode_averages(averages, squares, unit):
     """int8 codes ``(BLOCK,)`` and what rounding took from the averages; squares: as their codes have them."""
     roots = tl.sqrt(squares)
     codes = tl.where(roots > 0.0, averages * ((UNITS / unit) / roots), 0.0)
+    codes = tl.where(codes == codes, codes, 0.0)  # NaN
     codes = (tl.minimum(tl.maximum(codes, -127.0), 127.0) + _ROUNDING) - _ROUNDING
     return codes.to(tl.int8), averages - codes * (unit / UNITS) * roots
