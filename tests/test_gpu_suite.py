@@ -134,7 +134,7 @@ def test_the_search_of_a_rehearsal_stays_in_its_directory(rehearsal):
 
 
 def suite(*arguments: str, **options) -> int:
-    return gpu_suite.main([*arguments, "--rehearse", "--seconds", "200", "--seed", "5"], **options)
+    return gpu_suite.main([*arguments, "--rehearse", "--seconds", "60", "--seed", "5"], **options)
 
 
 def one_row(context: gpu_results.Context) -> None:
