@@ -144,6 +144,11 @@ def masked_linear_cases(target: Target) -> Iterator[Case]:
                     config = masked_linear_config.choose_config(op, target, x, weight, mask)
                     launches, _ = masked_linear.plan(x, weight, mask, bias, x, bias is not None, target, config)
                     yield f"{op} m={row['m']} {dtype}{layout}", launches[0]
+    for row in config_table(target).get("bitmask_linear", []):
+        x, weight, bits = empty(row["m"], 4096), empty(4096, 4096), empty(4096 * 128, dtype=torch.int32)
+        mask = masked_linear.bits_mask(weight, bits, 1.0)
+        config = masked_linear_config.choose_config("bitmask_linear", target, x, weight, mask)
+        yield f"bitmask_linear m={row['m']}", masked_linear.plan(x, weight, mask, None, x, False, target, config)[0][0]
     default = masked_linear_config.DEFAULT_CONFIG
     split = replace(default, split_k=4)
     x, weight, bits = empty(64, 4096), empty(4096, 4096), empty(4096 * 128, dtype=torch.int32)
@@ -213,8 +218,13 @@ def image(*shape: int, dtype: torch.dtype = torch.bfloat16, channels_last: bool 
 
 ONES, ZEROS = (1, 1), (0, 0)
 STEM = ((2, 2), (3, 3), ONES)  # stride, padding, dilation of a 7 x 7 filter
-# Rows that the configs are for, as images of 16 x 16 pixels.
-CONV_BUCKETS = ((256, torch.bfloat16), (4096, torch.bfloat16), (65536, torch.bfloat16), (4096, torch.float32))
+
+
+def conv_buckets(target: Target) -> list[tuple[int, torch.dtype]]:
+    """Rows, as images of 16 x 16 pixels, and dtypes: all that the configs are for in bf16, the middle in fp32."""
+    table = config_table(target)
+    listed = {row["m"] for op in ("masked_conv", "masked_conv_dx", "masked_conv_dlogits") for row in table.get(op, [])}
+    return [(rows, torch.bfloat16) for rows in sorted(listed | {256, 4096, 65536})] + [(4096, torch.float32)]
 
 
 def masked_conv_cases(target: Target) -> Iterator[Case]:
@@ -234,7 +244,7 @@ def masked_conv_cases(target: Target) -> Iterator[Case]:
     for channels_last in (True, False):
         layout = "channels-last" if channels_last else "channels-first"
         logits = image(256, 256, 3, 3, dtype=torch.float32, channels_last=channels_last)
-        for rows, dtype in CONV_BUCKETS:
+        for rows, dtype in conv_buckets(target):
             x = image(rows // 256, 256, 16, 16, dtype=dtype, channels_last=channels_last)
             weight = image(256, 256, 3, 3, dtype=dtype, channels_last=channels_last)
             yield from both(f"{layout} {rows} {dtype}", x, weight, logits)
@@ -267,7 +277,7 @@ def masked_conv_dlogits_cases(target: Target) -> Iterator[Case]:
 
     for channels_last in (True, False):
         layout = "channels-last" if channels_last else "channels-first"
-        for rows, dtype in CONV_BUCKETS:
+        for rows, dtype in conv_buckets(target):
             x = image(rows // 256, 256, 16, 16, dtype=dtype, channels_last=channels_last)
             weight = image(256, 256, 3, 3, dtype=dtype, channels_last=channels_last)
             yield from planned(f"{layout} {rows} {dtype}", x, x, weight)
