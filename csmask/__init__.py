@@ -5,6 +5,8 @@ The method is continuous sparsification (Savarese et al. 2020, https://arxiv.org
 
 __version__ = "0.1.0"
 
+from typing import Any
+
 from .circuit import CircuitModel
 from .config import CircuitConfig
 from .evaluate import CircuitEvaluation, evaluate_circuit
@@ -17,7 +19,16 @@ __all__ = [
     "CircuitModel",
     "MaskAdamW",
     "MaskSGD",
+    "TemperatureCallback",
     "TemperatureSchedule",
     "__version__",
     "evaluate_circuit",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TemperatureCallback":  # transformers' Trainer takes seconds to import
+        from .trainer import TemperatureCallback
+
+        return TemperatureCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,8 @@ A saved circuit is two files. ``circuit.json`` holds the config, the temperature
 masked layer's base weights, and the name and digest of the second file, ``masks-<digest>.safetensors``. Replacing
 ``circuit.json`` is the one step that makes a save take effect, so a save cut short at any point leaves the previous
 one whole. A circuit with an ``l0_target`` adds the state of the controller of its lambda.
+
+``circuit.state_dict()`` written to ``model.safetensors``, as training scripts do, can be loaded as a circuit, too.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 CIRCUIT_FILE = "circuit.json"
 FORMAT = "csmask-circuit"
 FORMAT_VERSION = 1
+STATE_FILE = "model.safetensors"  # what transformers' Trainer and Accelerate write
+BASE = "wrapped_model."  # before the base's names in a circuit's state
+DAMAGED = "the state of a circuit is damaged: _extra_state is not what state_dict() gave"
 _KEYS = {
     "format",
     "format_version",
@@ -114,7 +119,8 @@ def load_circuit(
 ) -> CircuitModel:
     """Read, check and only then wrap ``model``; see ``CircuitModel.from_pretrained``."""
     path = Path(directory)
-    content, masks = _read(path)
+    is_state = (path / STATE_FILE).is_file() and not (path / CIRCUIT_FILE).is_file()
+    content, masks = _read_state(path / STATE_FILE) if is_state else _read(path)
     config = CircuitConfig.from_dict(content["circuit_config"])
     temperature = check_temperature(content["temperature"])
     control = None if config.l0_target is None else check_state(content.get("l0_control"))
@@ -230,6 +236,46 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if hashlib.sha256(data).hexdigest() != content["masks_sha256"]:
         raise ValueError(f"{masks} is truncated, edited or damaged: its digest does not match {CIRCUIT_FILE}")
     return content, safetensors.torch.load(data)
+
+
+def _read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What ``_read`` gives, from a file of ``circuit.state_dict()``."""
+    import safetensors.torch
+
+    try:
+        tensors = safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is truncated or damaged: {error}") from error
+    if "_extra_state" not in tensors:
+        raise FileNotFoundError(f"{file.parent} holds no saved circuit, and {file.name} is not the state of one")
+    content = read_description(tensors.pop("_extra_state"))
+    base = content.pop("base")
+    if base is None:
+        raise ValueError(
+            f"{file} is the state of a circuit that was trained with parts of its base, or in shards: wrap the base "
+            "with CircuitModel and load_state_dict() it"
+        )
+    temperatures = [t for name, t in tensors.items() if name.endswith(".temperature")]
+    control = {n.removeprefix("l0_control."): float(t) for n, t in tensors.items() if n.startswith("l0_control.")}
+    masks = {n.removeprefix(BASE): t for n, t in tensors.items() if n.endswith("mask_logits")}
+    content.update(base, temperature=float(temperatures[0]) if temperatures else None)
+    return {**content, "l0_control": control} if control else content, masks
+
+
+def read_description(state: Any) -> dict[str, Any]:
+    """What ``state.describe`` gave; anything else is a ``ValueError``."""
+    try:
+        content = json.loads(bytes(state.cpu().to(torch.uint8).tolist()))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(DAMAGED) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(DAMAGED)
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"the state of a circuit has format version {content.get('format_version')!r}, this csmask ({__version__}) "
+            f"reads {FORMAT_VERSION}: load it with the csmask that wrote it ({content.get('csmask_version')})"
+        )
+    return content
 
 
 def _refuse_constant(constant: str) -> None:

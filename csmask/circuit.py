@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
 from .functional import check_temperature
 from .layers import MaskedLayer, check_execution
-from .loss import add_to_loss, gives_labels
+from .loss import L0Rider, add_to_loss, gives_labels, share_of_step
 from .masked_leaf import whole_groups
 from .masked_weight import KEEP_MODES
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers
+from .signature import class_like, takes_num_items
 from .surgery import (
     disable_fused_encoder_layers,
     enable_nested_tensors,
@@ -77,6 +78,11 @@ class CircuitModel(nn.Module):
         base_parameters = list(model.parameters())
         self.wrapped_model = model
         self._bypass_checked = False
+        self._fingerprint: Any = None
+        self._takes_num_items = takes_num_items(model)
+        self.l0_rider: L0Rider | None = None
+        self.register_state_dict_post_hook(state.drop_frozen)
+        self.register_load_state_dict_post_hook(state.forgive_frozen)
         try:
             self.masked_layers = swap_in(targets, config)
             if config.freeze_base:
@@ -87,6 +93,7 @@ class CircuitModel(nn.Module):
             self._set_ablation(config.mask_hparams["ablation"], 0)
             self.train()
             self.l0_control = self._new_l0_control()
+            self.__class__ = class_like(type(self), model)
         except BaseException:
             self._restore_base(targets.values())
             raise
@@ -108,7 +115,12 @@ class CircuitModel(nn.Module):
             with checkpoint_frozen_layers(layers) if layers else contextlib.nullcontext():
                 output = self._run_base(*args, **kwargs)
             if add_l0:
-                output = add_to_loss(output, self._l0_penalty, lambda: gives_labels(self.wrapped_model, args, kwargs))
+                output = add_to_loss(
+                    output,
+                    lambda: self._l0_penalty(kwargs),
+                    lambda: gives_labels(self.wrapped_model, args, kwargs),
+                    self._without_loss,
+                )
         finally:
             self._record_l0(False)
         return output
@@ -138,8 +150,19 @@ class CircuitModel(nn.Module):
             return {**kwargs, "use_cache": False}
         return kwargs
 
-    def _l0_penalty(self) -> Tensor:
-        return self.l0_lambda * self.l0()
+    def _l0_penalty(self, kwargs: dict[str, Any]) -> Tensor:
+        penalty = self.l0_lambda * self.l0()
+        if kwargs.get("num_items_in_batch") is None or not self._takes_num_items:
+            return penalty
+        return penalty * share_of_step(self.wrapped_model, kwargs)
+
+    def _without_loss(self, output: Any) -> Any:
+        return output if self.l0_rider is None else self.l0_rider.mount(output, lambda: self._l0_penalty({}))
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """For transformers' Trainer: whether the base's loss is one of the step that ``num_items_in_batch`` counts."""
+        return self._takes_num_items
 
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
         """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics.
@@ -295,6 +318,8 @@ class CircuitModel(nn.Module):
         reduction = self.circuit_config.l0_reduction if reduction is None else reduction
         if reduction not in L0_REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(map(repr, L0_REDUCTIONS))}, got {reduction!r}")
+        if self.l0_rider is not None:
+            self.l0_rider.taken = True
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
         groups = whole_groups([layer.leaf for layer in layers if layer.leaf is not None and layer.waits])
@@ -400,6 +425,23 @@ class CircuitModel(nn.Module):
         """Kept fraction: the circuit's weights over all maskable weights."""
         statistics = self.compute_l0_statistics()
         return statistics["total_l0"] / max(1, statistics["max_l0"])
+
+    @torch.no_grad()
+    def telemetry(self) -> dict[str, float]:
+        """``l0``, ``kept_fraction``, ``undecided_fraction``, ``temperature`` and ``l0_lambda``, as they are now.
+
+        Reads from the device. In ``per_step`` execution the sums and counts are those that the step has left.
+        """
+        maskable = max(1, sum(layer.maskable for layer in self.masked_layers.values()))
+        kept, undecided = (self._count() / maskable).tolist()
+        control = self.l0_control
+        return {
+            "l0": float(self.l0("sum")),
+            "kept_fraction": kept,
+            "undecided_fraction": undecided,
+            "temperature": self.temperature,
+            "l0_lambda": self.circuit_config.l0_lambda if control is None else float(control.l0_lambda),
+        }
 
     def undecided_fraction(self) -> float:
         """Share of weights with ``|T * S| < 4``, whose soft mask is still well between 0 and 1."""
@@ -538,6 +580,28 @@ class CircuitModel(nn.Module):
         for name, module in self.wrapped_model.named_modules():
             module.training = self.base_training.get(name, module.training)
 
+    # The state of a training: what is trained, with a description of what it was trained over; see ``state``
+
+    def get_extra_state(self) -> Tensor:
+        """Config and fingerprint of the base, for ``state_dict()``."""
+        return state.describe(self)
+
+    def set_extra_state(self, state_: Any) -> None:
+        """Raises a ``ValueError`` if the state is of another base; nothing is loaded then."""
+        state.check_description(self, state_)
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        super().__setstate__(values)
+        self.__class__ = class_like(type(self), self.wrapped_model)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, after the base: rebuild it from the class that it extends.
+        values = {**vars(self), "_fingerprint": None, "l0_rider": None}
+        return _empty, (getattr(type(self), "_circuit_class", type(self)),), values
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), "CircuitModel", 1)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -545,3 +609,8 @@ class CircuitModel(nn.Module):
             if name == "wrapped_model" or name.startswith("__"):
                 raise
             return getattr(self.wrapped_model, name)
+
+
+def _empty(cls: type[CircuitModel]) -> CircuitModel:
+    """A circuit without state, for copy and pickle, which then set it."""
+    return cls.__new__(cls)

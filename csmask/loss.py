@@ -1,4 +1,4 @@
-"""Adding the l0 term to the loss in whatever a model's forward returns."""
+"""Adding the l0 term to the loss in whatever a model's forward returns, once per optimizer step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Arguments beside "labels", "next_sentence_label" ... that make a transformers model compute a loss.
 _LABEL_NAMES = ("start_positions", "end_positions", "return_loss")
 
 
-def add_to_loss(output: Any, penalty: Callable[[], Tensor], has_labels: Callable[[], bool]) -> Any:
+def add_to_loss(
+    output: Any,
+    penalty: Callable[[], Tensor],
+    has_labels: Callable[[], bool],
+    without_loss: Callable[[Any], Any] = lambda output: output,
+) -> Any:
     """``output`` with ``penalty()`` added to its loss, if it has one.
 
     Args:
@@ -20,6 +26,7 @@ def add_to_loss(output: Any, penalty: Callable[[], Tensor], has_labels: Callable
             (``return_dict=False``), whose first element is the loss if labels were given.
         penalty: 0-d, called only if there is a loss.
         has_labels: whether labels were given; called only for a plain tuple.
+        without_loss: what to return in place of an output that has none.
 
     Raises:
         ValueError: a loss that is not one number, to whose elements the term would be added over and over.
@@ -28,11 +35,11 @@ def add_to_loss(output: Any, penalty: Callable[[], Tensor], has_labels: Callable
         first = output[0] if output else None
         if isinstance(first, Tensor) and first.dim() == 0 and has_labels():
             return (first + penalty().to(first.device), *output[1:])
-        return output
+        return without_loss(output)
     is_dict = isinstance(output, dict)
     loss = output.get("loss") if is_dict else getattr(output, "loss", None)
     if loss is None:
-        return output
+        return without_loss(output)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
@@ -56,3 +63,86 @@ def gives_labels(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
         value is not None and value is not False and ("label" in name or name in _LABEL_NAMES)
         for name, value in given.items()
     )
+
+
+def share_of_step(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """The share that a micro-batch has in an optimizer step: of its labels, if their number in the step is given.
+
+    A model that is given ``num_items_in_batch`` divides the sum of its labels' losses by it, and the losses of a step's
+    micro-batches, in all processes, are added up: so are these shares, to 1.
+    """
+    total = kwargs.get("num_items_in_batch")
+    shifted = kwargs.get("shift_labels")
+    labels = kwargs.get("labels") if shifted is None else shifted
+    if total is None or not isinstance(labels, Tensor):
+        return 1.0
+    if shifted is None and _shifts_labels(model):
+        labels = labels[..., 1:]  # the first token of a row is no target
+    return labels.ne(-100).sum() / total
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether it is a causal language model, by its loss: transformers' Trainer counts labels by the same rule."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+class L0Rider:
+    """Brings the gradient of the l0 term into a backward whose loss is computed outside of the circuit's forward.
+
+    transformers' Trainer does so with label smoothing or a ``compute_loss_func``: it takes the labels from the batch,
+    and forward returns no loss that a term could be added to. The term then rides on the outputs: they stay what they
+    are, and when a gradient comes to them, the term's has come, too.
+
+    Attributes:
+        armed: whether the next forward in training is the one of its optimizer step that takes the term along.
+        taken: whether somebody has taken ``circuit.l0()`` for a loss of their own since: then nothing rides.
+        scale: of the loss, that of a ``GradScaler``.
+    """
+
+    def __init__(self, scale: Callable[[], Tensor | float] = lambda: 1.0) -> None:
+        self.armed = self.taken = False
+        self.scale = scale
+
+    def mount(self, output: Any, penalty: Callable[[], Tensor]) -> Any:
+        """``output``, in which one tensor takes the gradient of ``penalty()`` along."""
+        if not (self.armed and torch.is_grad_enabled()):
+            return output
+        self.armed = False
+        if isinstance(output, Tensor):
+            return self._carry(output, penalty)
+        if isinstance(output, dict):
+            keys = [key for key in ("logits", *output) if _has_gradient(output.get(key))]
+            if keys:
+                output[keys[0]] = self._carry(output[keys[0]], penalty)
+        elif isinstance(output, tuple) and not hasattr(output, "_fields"):
+            places = [i for i, value in enumerate(output) if _has_gradient(value)]
+            if places:
+                first = places[0]
+                return (*output[:first], self._carry(output[first], penalty), *output[first + 1 :])
+        return output
+
+    def _carry(self, tensor: Tensor, penalty: Callable[[], Tensor]) -> Tensor:
+        term = penalty().to(tensor.device)
+        self.taken = False  # what has been taken just now is the term's own
+        return _Ride.apply(tensor, term, self)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
+
+
+class _Ride(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, term: Tensor, rider: L0Rider) -> Tensor:
+        ctx.rider, ctx.term = rider, (term.dtype, term.device)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        if ctx.rider.taken:
+            return grad, None, None
+        dtype, device = ctx.term
+        return grad, torch.as_tensor(ctx.rider.scale(), dtype=dtype, device=device).reshape(()), None

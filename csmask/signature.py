@@ -1,0 +1,80 @@
+"""A circuit with the signature of its base: code that inspects a model finds in the circuit what it finds in the base.
+
+transformers' Trainer keeps the columns of a dataset that ``forward`` has an argument for, finds labels by the name of
+the model's class and its arguments, and counts labels for models whose loss takes their number.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any
+
+from torch import nn
+
+
+def class_like(cls: type, model: nn.Module) -> type:
+    """A subclass of ``cls``, a circuit's class, with the name of the model's class and its forward's signature."""
+    original = getattr(cls, "_circuit_class", cls)
+    try:
+        signature = inspect.signature(model.forward)
+        if any(p.name == "self" for p in signature.parameters.values()):
+            return original
+        return _class_like(original, type(model).__name__, signature)
+    except (TypeError, ValueError):  # a forward written in C, defaults that cannot be hashed
+        return original
+
+
+@functools.lru_cache(maxsize=256)
+def _class_like(cls: Any, name: str, signature: inspect.Signature) -> type:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.POSITIONAL_ONLY:
+        itself = itself.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[itself, *parameters])  # type: ignore[attr-defined]
+    forward.__doc__ = cls.forward.__doc__
+    own = {"forward": forward, "_circuit_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    made = type(name, (cls,), own)
+    made.__qualname__ = f"{cls.__qualname__}[{name}]"
+    return made
+
+
+def takes_num_items(model: nn.Module) -> bool:
+    """Whether the loss that a transformers model returns is divided by the ``num_items_in_batch`` that it is given.
+
+    transformers takes a ``**kwargs`` in forward for that, but many forwards (BERT's, BART's, T5's) compute the mean of
+    the labels at hand all the same: of those, a Trainer that accumulates gradients would add up means.
+    """
+    get_base_model = getattr(model, "get_base_model", None)  # PEFT's wrappers pass everything on
+    model = model if get_base_model is None else get_base_model()
+    declared = getattr(model, "accepts_loss_kwargs", None)
+    if declared is not None:
+        return bool(declared)
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
+        return False
+    return _passes_kwargs_to_loss(inspect.unwrap(type(model).forward))
+
+
+@functools.lru_cache(maxsize=256)
+def _passes_kwargs_to_loss(forward: Any) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return True  # as transformers assumes
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.arg)) and getattr(node, "id", getattr(node, "arg", "")) == _NUM_ITEMS:
+            return True
+        if isinstance(node, ast.keyword) and node.arg == _NUM_ITEMS:
+            return True
+        if isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower():
+            if any(keyword.arg is None for keyword in node.keywords):
+                return True
+    return False
+
+
+_NUM_ITEMS = "num_items_in_batch"

@@ -1,0 +1,111 @@
+"""What ``CircuitModel.state_dict()`` holds: what is trained, and what it was trained over.
+
+A frozen base is in no training checkpoint. The state of a circuit is its mask logits, temperature, lambda's controller,
+any base parameters that are trained beside them, and as ``_extra_state`` the config with a fingerprint of the base, in
+JSON. Trainers of every kind therefore write small checkpoints, which ``CircuitModel.from_pretrained`` reads, too.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .checkpoint import BASE, FORMAT, FORMAT_VERSION, fingerprint, read_description, rest_fingerprint
+
+if TYPE_CHECKING:
+    from .circuit import CircuitModel
+
+
+def frozen_names(circuit: CircuitModel) -> set[str]:
+    """Names in ``circuit.state_dict()``'s manner of all that does not belong to the circuit's state."""
+    model = circuit.wrapped_model
+    own = {
+        id(tensor)
+        for layer in circuit.masked_layers.values()
+        for tensor in (layer.mask_logits, layer.bias_mask_logits, layer.temperature)
+        if tensor is not None
+    }
+    frozen: set[str] = set()
+    seen: set[int] = set()
+    tensors = [
+        *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+    ]  # fmt: skip
+    for name, tensor in tensors:
+        is_state = id(tensor) in own or tensor.requires_grad or not circuit.circuit_config.freeze_base
+        # Of a tied weight, and of a layer with two names, the first name stands for all.
+        if not is_state or id(tensor) in seen:
+            frozen.add(BASE + name)
+        seen.add(id(tensor))
+    return frozen
+
+
+def drop_frozen(circuit: CircuitModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A hook of ``state_dict()``."""
+    for name in frozen_names(circuit):
+        state.pop(prefix + name, None)
+
+
+def forgive_frozen(circuit: CircuitModel, incompatible: Any) -> None:
+    """A hook of ``load_state_dict()``: what ``drop_frozen`` drops is not missing."""
+    frozen = frozen_names(circuit) | {"_extra_state"}
+    missing = incompatible.missing_keys
+    # A circuit within another module: its names have a prefix here.
+    missing[:] = [name for name in missing if not any(name == f or name.endswith(f".{f}") for f in frozen)]
+
+
+def describe(circuit: CircuitModel) -> Tensor:
+    """The config and the base's fingerprint: JSON as uint8, on the CPU."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "csmask_version": __version__,
+        "circuit_config": circuit.circuit_config.to_dict(),
+        "base": base_fingerprint(circuit),
+    }
+    return torch.frombuffer(bytearray(json.dumps(content, allow_nan=False).encode()), dtype=torch.uint8)
+
+
+def base_fingerprint(circuit: CircuitModel) -> dict[str, Any] | None:
+    """Fingerprint of the frozen base, computed once until the base changes; None where there is none to be had.
+
+    A base that is trained is in the state itself; one that is on the meta device or sharded has no bytes at hand.
+    """
+    if not circuit.circuit_config.freeze_base:
+        return None
+    model, layers = circuit.wrapped_model, circuit.masked_layers
+    logits = {id(p) for p in circuit.mask_parameters()}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in logits]
+    if any(t.is_meta or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return None
+    if any(t.requires_grad for t in tensors):
+        return None  # something beside the masks is trained: it is in the state
+    temperatures = {id(layer.temperature) for layer in layers.values()}
+    key = tuple((t.data_ptr(), t._version) for t in tensors if id(t) not in temperatures)
+    if circuit._fingerprint is None or circuit._fingerprint[0] != key:
+        found = {
+            "rest_sha256": rest_fingerprint(model, layers.values()),
+            "layers": {name: fingerprint(layer) for name, layer in layers.items()},
+        }
+        circuit._fingerprint = (key, found)
+    return circuit._fingerprint[1]
+
+
+def check_description(circuit: CircuitModel, state: Any) -> None:
+    """Raise unless the state was saved from masks of this kind over this base; nothing is loaded yet."""
+    content = read_description(state)
+    saved, own = content["base"], base_fingerprint(circuit)
+    if saved is None or own is None or saved == own:
+        return
+    layers, found = saved["layers"], own["layers"]
+    if list(layers) != list(found):
+        which = ", ".join(sorted(set(layers) ^ set(found))[:4]) or "their order"
+        raise ValueError(f"the state belongs to a circuit over other layers: {which}")
+    other = [name for name in layers if layers[name] != found[name]][:4] or ["another layer than the masked ones"]
+    raise ValueError(
+        f"wrong base model: the state was saved over other weights of {', '.join(other)}; load that base, or pop "
+        '"_extra_state" from the state to put the masks on this one'
+    )

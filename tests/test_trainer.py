@@ -1,0 +1,373 @@
+"""Circuits under transformers' Trainer, with no arguments that are csmask's own: against loops written by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import MODELS
+from torch import nn
+
+from csmask import CircuitConfig, CircuitModel, MaskAdamW, TemperatureCallback
+from csmask.schedule import temperature_at
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+from transformers import Trainer, TrainingArguments
+
+TESTS = Path(__file__).parent
+L0_LAMBDA = 2e-4  # the term is about as large as the loss
+FAMILIES = ("bert", "gpt2", "llama", "vit", "resnet", "bart")
+LANGUAGE = ("gpt2", "llama")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def rows(family: str, count: int = 16) -> list[dict]:
+    """A dataset, with a column that no model takes; language models have rows with few labels."""
+    found = []
+    for seed in range(math.ceil(count / 3)):
+        batch = MODELS[family].batch(seed)
+        for i in range(3):
+            row = {name: value[i] for name, value in batch.items()}
+            if family in LANGUAGE:
+                row["labels"] = row["labels"].clone()
+                row["labels"][: (seed + i) % 5] = -100
+            found.append({**row, "note": "not for the model"})
+    return found[:count]
+
+
+def build(family: str, **config) -> CircuitModel:
+    tiny = MODELS[family]
+    settings = {"l0_lambda": L0_LAMBDA, "mask_hparams": {"mask_init_value": 0.1}, **config}
+    return CircuitModel(CircuitConfig(target_layers=list(tiny.targets), **settings), tiny.build(dropout=0.1))
+
+
+def arguments(folder: Path, size: int = 8, accumulate: int = 1, **more) -> TrainingArguments:
+    settings = {
+        "num_train_epochs": 3, "learning_rate": 0.05, "lr_scheduler_type": "constant", "logging_steps": 1,
+        "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0,
+        "train_sampling_strategy": "sequential", **more,
+    }  # fmt: skip
+    return TrainingArguments(
+        str(folder), per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, **settings
+    )
+
+
+def sgd(circuit: CircuitModel, lr: float = 0.05) -> tuple:
+    return torch.optim.SGD(circuit.mask_parameters(), lr=lr), None
+
+
+def train(circuit: CircuitModel, args: TrainingArguments, family: str, resume=None, **more) -> Trainer:
+    more.setdefault("callbacks", [TemperatureCallback(max_temperature=20.0)])
+    trainer = Trainer(model=circuit, args=args, train_dataset=rows(family), **more)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logits(circuit: CircuitModel) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in circuit.mask_parameters()])
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def by_hand(family: str, criterion=None, steps: int = 6, lr: float = 0.05) -> tuple[torch.Tensor, list[float]]:
+    """The same training on plain torch: batches of 8, the l0 term added once to each."""
+    circuit = build(family, execution="reference", add_l0=False)
+    optimizer, data, found = sgd(circuit, lr)[0], rows(family), []
+    for t in range(steps):
+        circuit.temperature = temperature_at(t, steps, 20.0)
+        chosen = data[8 * (t % 2) : 8 * (t % 2) + 8]
+        batch = {name: torch.stack([row[name] for row in chosen]) for name in chosen[0] if name != "note"}
+        loss = circuit(**batch).loss if criterion is None else criterion(circuit, batch)
+        masks = [torch.sigmoid(layer.temperature * layer.mask_logits) for layer in circuit.masked_layers.values()]
+        loss = loss + L0_LAMBDA * sum(mask.sum() for mask in masks)
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        found.append(loss.item())
+    return logits(circuit), found
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, start: float = 0.1, bound: float = 1e-5) -> None:
+    """What training moved, within a bound of the largest move."""
+    error, moved = (got - want).abs().max(), (want - start).abs().max()
+    assert moved > 1e-3
+    assert error <= bound * moved + 1e-7, f"{error:.3g} of {moved:.3g}"
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("accumulate", [1, 4], ids=["1x8", "4x2"])
+@every_family
+def test_accumulated_steps_are_those_of_the_large_batch(family, accumulate, tmp_path):
+    circuit = build(family)
+    args = arguments(tmp_path, 8 // accumulate, accumulate)
+    trainer = train(circuit, args, family, optimizers=sgd(circuit))
+    want, want_losses = by_hand(family)
+    assert_close(logits(circuit), want)
+    assert losses(trainer) == pytest.approx(want_losses, rel=1e-5)
+
+
+@pytest.mark.dropin
+def test_a_last_step_of_fewer_micro_batches(tmp_path):
+    """Ten rows in micro-batches of 2, four to a step: the second step has one."""
+    circuit = build("gpt2")
+    data = rows("gpt2", 10)
+    Trainer(
+        model=circuit, args=arguments(tmp_path, 2, 4, num_train_epochs=1), train_dataset=data,
+        callbacks=[TemperatureCallback(20.0)], optimizers=sgd(circuit),
+    ).train()  # fmt: skip
+    want = build("gpt2", execution="reference", add_l0=False)
+    optimizer = sgd(want)[0]
+    for t, chosen in enumerate((data[:8], data[8:])):
+        want.temperature = temperature_at(t, 2, 20.0)
+        batch = {name: torch.stack([row[name] for row in chosen]) for name in ("input_ids", "labels")}
+        (want(**batch).loss + L0_LAMBDA * want.l0()).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert_close(logits(circuit), logits(want))
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_two_processes_train_as_one(family, tmp_path):
+    """2 x 4 rows, each process with its half: the same logits and logged losses as by hand."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        variables = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
+                     "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # fmt: skip
+        command = [sys.executable, "-c", f"import test_trainer; test_trainer.one_of_two({family!r}, {str(tmp_path)!r})"]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    want, want_losses = by_hand(family)
+    got = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert_close(got["logits"], want)
+    assert got["losses"] == pytest.approx(want_losses, rel=1e-5)
+
+
+def one_of_two(family: str, folder: str) -> None:
+    """What each of two processes runs."""
+    torch.set_num_threads(1)
+    circuit = build(family)
+    args = arguments(Path(folder), 4, ddp_backend="gloo", ddp_find_unused_parameters=False)
+    trainer = Trainer(
+        model=circuit, args=args, train_dataset=rows(family), callbacks=[TemperatureCallback(20.0)],
+        optimizers=sgd(circuit), data_collator=None,
+    )  # fmt: skip
+    trainer.train()
+    if args.process_index == 0:
+        torch.save({"logits": logits(circuit), "losses": losses(trainer)}, Path(folder) / "result.pt")
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
+@pytest.mark.parametrize("max_grad_norm", [0, 1e-3])
+def test_mask_adamw_trains_as_adamw(how, max_grad_norm, tmp_path):
+    got, want = build("bert"), build("bert", execution="reference")
+    args = arguments(tmp_path, 2, 4, max_grad_norm=max_grad_norm, adam_epsilon=1e-4)
+    adamw = {"lr": 0.05, "eps": 1e-4}
+    if how == "optimizers":
+        train(got, args, "bert", optimizers=(MaskAdamW(got.mask_parameters(), **adamw), None))
+    else:
+        train(got, args, "bert", optimizer_cls_and_kwargs=(MaskAdamW, adamw))
+    train(want, args, "bert", optimizers=(torch.optim.AdamW(want.mask_parameters(), weight_decay=0, **adamw), None))
+    assert {layer.execution for layer in got.masked_layers.values()} == {"per_step"}
+    assert_close(logits(got), logits(want), bound=1e-4)
+
+
+def smoothed(circuit: CircuitModel, batch: dict) -> torch.Tensor:
+    """Label smoothing of 0.2 from its definition."""
+    labels, inputs = batch["labels"], {name: value for name, value in batch.items() if name != "labels"}
+    out = circuit(**inputs).logits
+    if out.dim() == 3:
+        out, labels = out[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    out, labels = out[labels != -100], labels[labels != -100]
+    return nn.functional.cross_entropy(out, labels, label_smoothing=0.2)
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("accumulate", [1, 4], ids=["1x8", "4x2"])
+@pytest.mark.parametrize("family", ["gpt2", "vit"])
+def test_label_smoothing_keeps_the_l0_term(family, accumulate, tmp_path):
+    if family == "gpt2" and accumulate > 1:
+        pytest.skip("transformers' smoother takes the mean of each micro-batch, which have different numbers of labels")
+    circuit = build(family)
+    args = arguments(tmp_path, 8 // accumulate, accumulate, label_smoothing_factor=0.2)
+    train(circuit, args, family, optimizers=sgd(circuit))
+    assert_close(logits(circuit), by_hand(family, smoothed)[0])
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("takes_l0", [False, True], ids=["csmask adds l0", "the function adds l0"])
+@pytest.mark.parametrize("accumulate", [1, 4], ids=["1x8", "4x2"])
+def test_a_loss_function_of_the_user(takes_l0, accumulate, tmp_path):
+    """The l0 term enters once per step, whether or not the function adds it itself."""
+    circuit = build("vit")
+
+    def function(outputs, labels, num_items_in_batch=None):
+        loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        return loss + circuit.l0_lambda * circuit.l0() / accumulate if takes_l0 else loss
+
+    args = arguments(tmp_path, 8 // accumulate, accumulate)
+    train(circuit, args, "vit", optimizers=sgd(circuit), compute_loss_func=function)
+    assert_close(logits(circuit), by_hand("vit")[0])
+    assert circuit.l0_rider is None
+
+
+@every_family
+def test_logs_evaluation_and_prediction(family, tmp_path):
+    circuit = build(family, execution="per_forward")
+    args = arguments(tmp_path, eval_strategy="epoch", include_for_metrics=[])
+    trainer = train(circuit, args, family, optimizers=sgd(circuit), eval_dataset=rows(family))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    temperatures = [entry["temperature"] for entry in logged]
+    assert temperatures == pytest.approx([temperature_at(t, 6, 20.0) for t in (1, 2, 3, 4, 5, 5)])
+    assert circuit.temperature == 20.0
+    last, statistics = logged[-1], circuit.compute_l0_statistics()
+    assert last["kept_fraction"] == pytest.approx(statistics["total_l0"] / statistics["max_l0"])
+    soft = sum(float(torch.sigmoid(20.0 * p.detach()).sum()) for p in circuit.mask_parameters())
+    assert last["l0"] == pytest.approx(soft, rel=1e-5)
+    near = torch.cat([(20.0 * p.detach()).abs().flatten() < 4 for p in circuit.mask_parameters()])
+    assert last["undecided_fraction"] == pytest.approx(float(near.double().mean()))
+
+    # Evaluation is that of the hard mask: of a plain model that holds it.
+    plain = circuit.export()
+    same = Trainer(model=plain, args=arguments(tmp_path), eval_dataset=rows(family)).evaluate()
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 3
+    assert evaluated[-1] == pytest.approx(same["eval_loss"], rel=1e-5)
+    prediction = trainer.predict(rows(family))
+    assert prediction.metrics["test_loss"] == pytest.approx(same["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("optimizer", ["adamw", "mask_adamw"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "resnet"])
+def test_a_resumed_run_equals_an_uninterrupted_one(family, optimizer, tmp_path):
+    """Shuffled data, a learning rate that falls, stopped in the middle of an epoch; to the bit."""
+    more = {"train_sampling_strategy": "random", "lr_scheduler_type": "linear", "save_strategy": "steps",
+            "save_steps": 3, "max_grad_norm": 1.0}  # fmt: skip
+
+    def run(folder, resume=None):
+        circuit = build(family)
+        if optimizer == "mask_adamw":
+            return train(circuit, arguments(folder, 4, 1, **more), family, resume,
+                         optimizers=(MaskAdamW(circuit.mask_parameters(), lr=0.05), None))  # fmt: skip
+        return train(circuit, arguments(folder, 4, 1, **more), family, resume)
+
+    whole = run(tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "part" / "checkpoint-3")
+    resumed = run(tmp_path / "part", str(tmp_path / "part" / "checkpoint-3"))
+    assert torch.equal(logits(resumed.model), logits(whole.model))
+    assert resumed.model.temperature == whole.model.temperature == 20.0
+    assert losses(resumed)[3:] == losses(whole)[3:]
+    assert [e["temperature"] for e in resumed.state.log_history if "temperature" in e] == [
+        e["temperature"] for e in whole.state.log_history if "temperature" in e
+    ]
+
+
+@every_family
+def test_checkpoints_hold_masks_only_and_load_as_circuits(family, tmp_path):
+    circuit = build(family)
+    trainer = train(circuit, arguments(tmp_path / "run", save_strategy="epoch"), family)
+    trainer.save_model(str(tmp_path / "saved"))
+    import safetensors.torch
+
+    weights = sum(p.numel() for p in circuit.mask_parameters())
+    for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-6"):
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        logits_saved = [t for name, t in tensors.items() if name.endswith("mask_logits")]
+        assert sum(t.numel() for t in logits_saved) == weights
+        others = {name.rsplit(".", 1)[-1] for name in tensors} - {"mask_logits", "bias_mask_logits"}
+        assert others == {"temperature", "_extra_state"}
+        loaded = CircuitModel.from_pretrained(MODELS[family].build(dropout=0.1), folder)
+        assert torch.equal(logits(loaded), logits(circuit))
+        assert loaded.temperature == circuit.temperature
+    with pytest.raises(ValueError, match="wrong base model"):
+        CircuitModel.from_pretrained(MODELS[family].build(seed=5), tmp_path / "saved")
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    """A metric that is best in the middle: masks and temperature are those of that checkpoint."""
+    circuit, seen = build("bert"), []
+
+    def metrics(prediction):
+        seen.append((logits(circuit).clone(), circuit.temperature))
+        return {"score": [0.0, 1.0, 0.5][len(seen) - 1]}
+
+    args = arguments(tmp_path, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+                     metric_for_best_model="score", greater_is_better=True)  # fmt: skip
+    train(circuit, args, "bert", eval_dataset=rows("bert"), compute_metrics=metrics,
+          optimizers=(MaskAdamW(circuit.mask_parameters(), lr=0.05), None))  # fmt: skip
+    assert torch.equal(logits(circuit), seen[1][0])
+    assert circuit.temperature == seen[1][1] != 20.0
+
+
+def test_the_temperature_per_epoch(tmp_path):
+    circuit = build("vit")
+    callback = TemperatureCallback(max_temperature=20.0, kind="linear", per="epoch")
+    trainer = train(circuit, arguments(tmp_path), "vit", callbacks=[callback])
+    found = [entry["temperature"] for entry in trainer.state.log_history if "temperature" in entry]
+    assert found == [1.0, 1.0, 10.5, 10.5, 20.0, 20.0]
+
+
+def test_training_stops_when_all_is_decided(tmp_path):
+    circuit = build("vit", mask_hparams={"mask_init_value": 3.0})
+    args = arguments(tmp_path, 1, num_train_epochs=5)
+    trainer = train(circuit, args, "vit", callbacks=[TemperatureCallback(200.0, max_undecided=0.01)])
+    assert trainer.state.global_step == 10  # |T * 3| passes 4 at T = 1.33, and every tenth step looks
+
+
+def test_l0_target_is_reached(tmp_path):
+    target = {"l0_lambda": CircuitConfig(target_layers="all").l0_lambda}
+    circuit = build("bert", l0_target=0.3, **target)
+    args = arguments(tmp_path, 8, num_train_epochs=100, logging_steps=50)
+    trainer = train(circuit, args, "bert", callbacks=[TemperatureCallback(200.0)],
+                    optimizers=(MaskAdamW(circuit.mask_parameters(), lr=0.02), None))  # fmt: skip
+    assert trainer.state.log_history[0]["l0_lambda"] > 0
+    assert circuit.density() == pytest.approx(0.3, rel=0.15)
+    with pytest.raises(ValueError, match="counts optimizer steps"):
+        train(build("bert", l0_target=0.3, **target), args, "bert", callbacks=[TemperatureCallback(per="epoch")])
+
+
+def test_a_model_without_a_circuit_is_refused(tmp_path):
+    trainer = Trainer(
+        model=MODELS["bert"].build(), args=arguments(tmp_path), train_dataset=rows("bert"),
+        callbacks=[TemperatureCallback()],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"BertForSequenceClassification.*CircuitModel\(config, model\)"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_temperature": -1.0}, "temperature"),
+        ({"max_temperature": float("nan")}, "temperature"),
+        ({"kind": "cosine"}, "kind must be one of"),
+        ({"per": "batch"}, "per must be one of 'step', 'epoch', got 'batch'"),
+        ({"max_undecided": 0}, "max_undecided"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TemperatureCallback(**settings)
+
+
+def test_trainer_state_names_the_callback(tmp_path):
+    """The JSON that Trainer writes beside a checkpoint has the telemetry of its logs."""
+    circuit = build("vit")
+    train(circuit, arguments(tmp_path, save_strategy="epoch"), "vit")
+    history = json.loads((tmp_path / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert {"loss", "l0", "kept_fraction", "undecided_fraction", "temperature", "l0_lambda"} <= set(history[0])
