@@ -46,6 +46,11 @@ class CircuitModel(nn.Module):
         config: what to mask and how; copied.
         model: any ``torch.nn.Module``.
 
+    Attributes:
+        circuit_config: the config. (``config`` is the base model's.)
+        wrapped_model: the base model, whose layers are masked.
+        masked_layers: the masked layers by name, in the model's order.
+
     Raises:
         ValueError, TypeError, NotImplementedError: a config or a layer that cannot be had; the model is as it was.
 

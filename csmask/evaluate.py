@@ -13,9 +13,14 @@ from .circuit import CircuitModel
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One condition: the fraction of maskable weights it keeps, and mean and spread of the score.
+    """One condition of ``evaluate_circuit``.
 
-    ``spread`` is the sample standard deviation over the draws; 0 for conditions without a draw, or with only one.
+    Attributes:
+        name: ``"full"``, ``"circuit"``, ``"ablated"`` or ``"random"``.
+        kept: fraction of the maskable weights that it keeps.
+        mean: of the scores.
+        spread: sample standard deviation of the scores; 0 for conditions without a draw, or with only one.
+        scores: one for each draw.
     """
 
     name: str
@@ -27,7 +32,14 @@ class EvaluationRow:
 
 @dataclass(frozen=True)
 class CircuitEvaluation:
-    """The rows of ``evaluate_circuit``; prints as a table."""
+    """What ``evaluate_circuit`` returns; prints as a table.
+
+    Attributes:
+        full: all weights.
+        circuit: the circuit alone.
+        ablated: all weights but the circuit's.
+        random: all weights but as many as the circuit has, drawn from outside it.
+    """
 
     full: EvaluationRow
     circuit: EvaluationRow

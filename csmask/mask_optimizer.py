@@ -100,12 +100,12 @@ class _MaskOptimizer(Optimizer):
         return [leaf for leaf in self.leaves if leaf.group is not None and leaf.group.optimizer() is self]
 
     def state_dict(self) -> dict[str, Any]:
-        """As any optimizer's; in lean mode also by what the next step is clipped."""
+        """The state, as of any optimizer; in lean mode with the factor that the next step is clipped by."""
         found = super().state_dict()
         return found if self._last_factor is None else {**found, "last_factor": self._last_factor}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Those of ``torch.optim``'s namesake load, too.
+        """Load a saved state, also one of ``torch.optim``'s namesake.
 
         Raises:
             ValueError: a setting that there is not here (``amsgrad``).
@@ -129,7 +129,7 @@ class _MaskOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all logits that have a gradient."""
+        """One step of all logits that have a gradient; returns the closure's loss, None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -46,8 +46,8 @@ _CODES = ("exp_avg_codes", "exp_avg_sq_codes", "state_scales")
 class MaskAdamW(_MaskOptimizer):
     """AdamW for mask logits, whose step is one pass that also makes the next masked weight.
 
-    Formulas and states are those of ``torch.optim.AdamW``; but ``step`` uses the gradients of layers in ``per_step``
-    execution up: without ``zero_grad`` between two steps they do not add up.
+    Formulas and states are those of ``torch.optim.AdamW``, but ``step`` uses up the gradients of layers in ``per_step``
+    execution: without ``zero_grad`` between two steps they do not add up.
 
     Args:
         params: ``circuit.mask_parameters()``, or parameter groups of them; other parameters get an ordinary AdamW step.
@@ -61,19 +61,19 @@ class MaskAdamW(_MaskOptimizer):
             gradients stay in memory, only weights, logits and states (14 bytes per weight where weights are bf16).
             ``step()`` ends the step. The learning rate is that at the time of backward; schedulers that run after
             ``step()`` work as ever. ``max_grad_norm`` clips by the norm of the step before, and the first step not at
-            all. Raises, with what to do: several backwards per step (gradient accumulation needs ``lean=False``: 4
-            more bytes per weight in bf16, 8 in fp32), to clear gradients before ``step()``, to look at them where
-            ``max_grad_norm`` is not given (where it is, infinity or not, there are none to be seen: what others clip
-            is for it to do), l0 whose gradient comes after the layers', several processes. Neuron masks, masked
-            biases, logits with hooks and layers whose base is trained too keep ordinary gradients.
+            all. Neuron masks, masked biases, logits with hooks and layers whose base is trained too keep ordinary
+            gradients. Not for several backwards per step (gradient accumulation needs ``lean=False``: 4 more bytes per
+            weight in bf16, 8 in fp32), nor for several processes. Gradients cannot be cleared before ``step()``, nor
+            looked at unless ``max_grad_norm`` is given (infinity not to clip): then whoever looks finds none.
         state_bits: 8 keeps the states of layers in ``per_step`` execution in 8 bits (``state_codes``): 2.02 bytes per
             weight instead of 8, and nearly the same circuit; those of other parameters stay as they are. States of
             either kind load into an optimizer of the other and are converted at its next step.
 
     Raises:
         ValueError: a setting out of its range.
-        TypeError: ``lean`` that is no bool.
-        RuntimeError: in ``step``, weights, logits or temperature that changed since backward.
+        TypeError: a ``lean`` that is no bool.
+        RuntimeError: in ``step``, weights, logits or temperature that changed since backward; ``lean=True`` in several
+            processes, and in backward or ``step`` what lean mode is not for.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class MaskAdamW(_MaskOptimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Those of ``torch.optim.AdamW`` and of any ``state_bits`` load; the groups keep the ``state_bits`` they have.
+        """Load a saved state, also one of ``torch.optim.AdamW`` or of other ``state_bits``; the groups keep their own.
 
         Raises:
             ValueError: a setting that there is not here (``amsgrad``).
@@ -189,7 +189,7 @@ class MaskAdamW(_MaskOptimizer):
 class MaskSGD(_MaskOptimizer):
     """SGD for mask logits, whose step is one pass that also makes the next masked weight.
 
-    Formulas and states are those of ``torch.optim.SGD``; ``step`` uses gradients up, as ``MaskAdamW``'s.
+    Formulas and states are those of ``torch.optim.SGD``; ``step`` uses up gradients, as ``MaskAdamW``'s.
 
     Args:
         params, max_grad_norm, maximize, lean: as in ``MaskAdamW``.

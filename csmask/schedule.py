@@ -68,8 +68,8 @@ class TemperatureSchedule:
                 break
 
     Args:
-        circuit: whose ``temperature`` is set. If its config has an ``l0_target``, so is lambda, 20 to 100 times, at no
-            host synchronisation.
+        circuit: whose ``temperature`` is set. If its config has an ``l0_target``, so is lambda, 20 to 100 times, which
+            waits for no device.
         total: number of steps or epochs; optimizer steps where there is an ``l0_target``, micro-batches not counted.
         max_temperature: reached exactly at the last of them.
         kind: ``"exponential"`` or ``"linear"``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from csmask import CircuitConfig
+import csmask
+from csmask import CircuitConfig, functional, plan, reference, testing
 from csmask.config import ABLATION_MODES, DEFAULT_HPARAMS, EXECUTIONS, MASK_UNITS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,7 +96,7 @@ def test_the_configuration_page_names_every_setting_with_its_default():
         for field in dataclasses.fields(config)
     }
     assert table_defaults(fields) == defaults
-    hparams = {name: value for name, value in table_defaults(rest.partition("\n## ")[0]).items()}
+    hparams = table_defaults(rest.partition("\n## ")[0])
     assert hparams == {name: repr(value) for name, value in DEFAULT_HPARAMS.items()}
     for choices in (EXECUTIONS, MASK_UNITS):
         assert all(f'"{choice}"' in text for choice in choices)
@@ -105,7 +107,55 @@ def test_the_ablations_page_names_every_mode():
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == set(ABLATION_MODES)
 
 
+def test_the_plan_of_the_scale_page_is_what_is_computed():
+    """Bytes per masked weight, bf16, one micro-batch."""
+    names = ("weight", "logits", "gradient", "masked_weight", "states", "saved", "resident")
+    expected = {}
+    for way, needed in plan.WAYS.items():
+        found = needed(2, False)
+        expected[way] = [f"{getattr(found, name):.4g}" for name in names]
+    text = (DOCS / "training_at_scale.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert {row[0]: row[1:] for row in rows[2:]} == expected
+
+
+@pytest.fixture(scope="module")
+def build_api():
+    spec = importlib.util.spec_from_file_location("build_api", DOCS / "build_api.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_api_reference_is_that_of_the_docstrings():
+    """In a process of its own, as CI runs it."""
     command = [sys.executable, str(DOCS / "build_api.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_stale_reference_is_noticed_and_written_anew(build_api, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build_api, "PAGE", tmp_path / "api.md")
+    assert build_api.main(["--check"]) == 1
+    assert "run python docs/build_api.py" in capsys.readouterr().err
+    assert build_api.main([]) == 0
+    assert build_api.main(["--check"]) == 0
+    assert build_api.PAGE.read_text() == (DOCS / "api.md").read_text()
+    monkeypatch.setattr(csmask.CircuitModel.density, "__doc__", "Another meaning.")
+    assert build_api.main(["--check"]) == 1
+
+
+def test_the_reference_names_what_is_public():
+    text = (DOCS / "api.md").read_text()
+    found = set(re.findall(r"^###+ (\S+)$", text, re.MULTILINE))
+    assert {name for name in csmask.__all__ if name != "__version__"} <= found
+    for module in (functional, reference, testing):
+        stem = module.__name__.partition(".")[2]
+        own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        assert {f"{stem}.{name}" for name in own if not name.startswith("_")} <= found
+    methods = {f"CircuitModel.{name}" for name, value in vars(csmask.CircuitModel).items() if callable(value)}
+    assert {name for name in methods if "._" not in name} <= found
+    # Signatures and what docstrings say of arguments and attributes.
+    assert "\n    lr: float | Tensor = 0.001,\n    betas: tuple[float, float] = (0.9, 0.999),\n" in text
+    assert "\n- `max_grad_norm`: clip the norm of all gradients to it," in text
+    assert "\n- `circuit_config`: the config." in text

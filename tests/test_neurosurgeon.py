@@ -212,3 +212,18 @@ def test_the_arguments_have_the_names_and_order_of_neurosurgeon():
         circuit.use_masks(value=False, name_list=["hiden"])
     with pytest.raises(TypeError, match="flag must be True or False, got None"):
         circuit.use_masks()
+
+
+@pytest.mark.parametrize("unit", ["weight", "neuron"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_l0_counts_what_neurosurgeon_counts(name, unit):
+    """Weights, also where a neuron has one logit: an ``l0_lambda`` means the same in both."""
+    theirs = pytest.importorskip("NeuroSurgeon.Models", reason="make test installs NeuroSurgeon 0.1.0")
+    hparams = {"ablation": "none", "mask_unit": unit, "mask_bias": True, "mask_init_value": 0.3}
+    arguments = ("continuous_sparsification", hparams, TARGETS[name], True, True, 1.0)
+    circuit = CircuitModel(CircuitConfig(*arguments), MODELS[name].build())
+    other = theirs.CircuitModel(theirs.CircuitConfig(*arguments), MODELS[name].build())
+    assert circuit.l0().item() == pytest.approx(float(other._compute_l0_loss()), rel=1e-5)
+    statistics = other.compute_l0_statistics()
+    assert circuit.compute_l0_statistics()["total_l0"] == statistics["total_l0"]
+    assert circuit.compute_l0_statistics()["max_l0"] == statistics["max_l0"]
