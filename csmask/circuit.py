@@ -166,7 +166,7 @@ class CircuitModel(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """For transformers' Trainer: whether the base's loss is one of the step that ``num_items_in_batch`` counts."""
+        """For transformers' Trainer: whether the base divides its loss by the ``num_items_in_batch`` that it is given."""
         return self._takes_num_items
 
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
@@ -592,7 +592,7 @@ class CircuitModel(nn.Module):
         return state.describe(self)
 
     def set_extra_state(self, state_: Any) -> None:
-        """Raises a ``ValueError`` if the state is of another base; nothing is loaded then."""
+        """Part of ``load_state_dict()``: a ``ValueError`` if the state is of another base; nothing is loaded then."""
         state.check_description(self, state_)
 
     def __setstate__(self, values: dict[str, Any]) -> None:

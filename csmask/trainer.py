@@ -117,7 +117,11 @@ class TemperatureCallback(TrainerCallback):
 
 
 def circuit_in(model: nn.Module) -> CircuitModel:
-    """The circuit that a model is or, compiled or wrapped for several processes, holds."""
+    """The circuit that a model is or, compiled or wrapped for several processes, holds.
+
+    Raises:
+        ValueError: there is none.
+    """
     for module in model.modules():
         if isinstance(module, CircuitModel):
             return module

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def elsewhere(tmp_path, monkeypatch):
     """Pages may write files and change what is global."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What transformers' Trainer would take for one of several processes or a service to report to.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
