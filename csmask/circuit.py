@@ -166,7 +166,7 @@ class CircuitModel(nn.Module):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """For transformers' Trainer: whether the base divides its loss by the ``num_items_in_batch`` that it is given."""
+        """For transformers' Trainer: whether the base divides its loss by a ``num_items_in_batch`` that it is given."""
         return self._takes_num_items
 
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:

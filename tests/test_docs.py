@@ -22,7 +22,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # A block in one of these languages is not Python, or cannot run here: on a GPU, in several processes.
-OTHER_LANGUAGES = {"text", "console", "json", "diff"}
+OTHER_LANGUAGES = {"", "text", "console", "json", "diff", "bash"}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
