@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
@@ -43,6 +44,7 @@ def example():
     spec = importlib.util.spec_from_file_location("trainer_example", path)
     sys.modules["trainer_example"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.TrainingArguments = functools.partial(module.TrainingArguments, use_cpu=True)
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)
@@ -53,7 +55,7 @@ def example():
 def runs(example, tmp_path_factory):
     """One run that is stopped and goes on, and one over the same model that is not stopped: folders and results."""
     stopped, whole = tmp_path_factory.mktemp("stopped"), tmp_path_factory.mktemp("whole")
-    small = ["--model-epochs", "12", "--mask-epochs", str(EPOCHS), "--output"]
+    small = ["--model-epochs", "8", "--mask-epochs", str(EPOCHS), "--output"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example, "TemperatureCallback", Watched)
         with pytest.raises(KeyboardInterrupt):
@@ -66,7 +68,7 @@ def runs(example, tmp_path_factory):
 
 def test_the_circuit_reads_digits_and_the_model_without_it_guesses(runs):
     result = runs[1]
-    assert result.full.mean > 0.8
+    assert result.full.mean > 0.7
     assert result.circuit.mean > result.full.mean - 0.15
     assert 0.02 < result.circuit.kept < 0.4
     assert result.ablated.mean < 2 * CHANCE
