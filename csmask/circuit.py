@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from .density import START, DensityControl
 from .functional import check_temperature
 from .layers import MaskedLayer, check_execution
 from .loss import L0Rider, add_to_loss, gives_labels, share_of_step
+from .masked_layer import check_numbers
 from .masked_leaf import whole_groups
 from .masked_weight import KEEP_MODES
 from .philox import check_seed
@@ -431,12 +433,18 @@ class CircuitModel(nn.Module):
         """``l0``, ``kept_fraction``, ``undecided_fraction``, ``temperature`` and ``l0_lambda``, as they are now.
 
         Reads from the device. In ``per_step`` execution the sums and counts are those that the step has left.
+
+        Raises:
+            ValueError: a layer whose logits hold NaN, by its name.
         """
         maskable = max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         kept, undecided = (self._count() / maskable).tolist()
+        l0 = float(self.l0("sum"))
+        if math.isnan(l0):
+            self.check_logits()
         control = self.l0_control
         return {
-            "l0": float(self.l0("sum")),
+            "l0": l0,
             "kept_fraction": kept,
             "undecided_fraction": undecided,
             "temperature": self.temperature,
@@ -449,10 +457,14 @@ class CircuitModel(nn.Module):
         return sum(layer.undecided() for layer in layers) / max(1, sum(layer.maskable for layer in layers))
 
     def check_logits(self) -> None:
-        """Raise a ``ValueError`` that names the layer if any mask logits hold NaN."""
+        """Raise a ``ValueError`` that names the layer if any mask logits hold NaN; reads all of them.
+
+        One NaN in a batch makes all that it reaches NaN. No step looks, since that would wait for the device; what
+        reports does: ``telemetry()``, statistics, ``TemperatureSchedule.finished()``, ``TemperatureCallback``, saving.
+        Infinite logits are masks that are decided for good.
+        """
         for name, param in self.named_mask_parameters():
-            if bool(torch.isnan(param).any()):
-                raise ValueError(f"{name} holds NaN: the training diverged; lower the learning rate")
+            check_numbers(name, param)
 
     # Ablation
 

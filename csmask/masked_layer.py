@@ -32,6 +32,15 @@ def in_several_processes() -> bool:
     return distributed and torch.distributed.get_world_size() > 1
 
 
+def check_numbers(name: str, mask_logits: Tensor) -> None:
+    """Raise a ``ValueError`` that names the logits if they hold NaN; infinite ones are masks decided for good."""
+    if bool(torch.isnan(mask_logits.detach()).any()):
+        raise ValueError(
+            f"{name} holds NaN: the training diverged, or a batch held NaN; go back to a checkpoint, and lower the "
+            "learning rate or look at the batches"
+        )
+
+
 def check_execution(execution: str) -> str:
     """The execution, if this version has one of that name."""
     if execution not in EXECUTIONS:
@@ -58,6 +67,7 @@ class MaskedLayer(nn.Module):
         use_masks: False to use the plain dense weights.
         ablation, ablation_seed: the ablation mode of evaluation and the seed of its draws.
         execution: when the mask is computed; see ``CircuitConfig``.
+        layer_name, layer_index: for messages, and which random stream ablations draw from.
         accumulate_in_kernel: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
     """
 
@@ -75,6 +85,7 @@ class MaskedLayer(nn.Module):
     mask_scale: float
     accumulate_in_kernel: bool
     layer_index: int
+    layer_name: str
     masked_weight: MaskedWeight
     _execution: str
     l0_record: L0Record

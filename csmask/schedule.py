@@ -122,6 +122,7 @@ class TemperatureSchedule:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if self.t >= self.total:
+            self.circuit.check_logits()
             return True
         if max_undecided is None or self.t == 0 or self.t % every:
             return False

@@ -197,6 +197,7 @@ def swap_in(targets: dict[str, nn.Module], config: CircuitConfig) -> dict[str, M
             rescale=hparams["rescale"],
             execution=config.execution,
             layer_index=index,
+            layer_name=name,
         )
     return masked
 

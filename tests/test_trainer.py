@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -348,6 +349,21 @@ def test_a_model_without_a_circuit_is_refused(tmp_path):
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"BertForSequenceClassification.*CircuitModel\(config, model\)"):
         trainer.train()
+
+
+def test_lean_mode_with_a_grad_scaler_is_refused_before_the_first_step():
+    """fp16 needs a GPU in Accelerate: what the callback is given there, by hand."""
+    circuit = build("vit")
+    optimizer = MaskAdamW(circuit.mask_parameters(), lean=True, max_grad_norm=1.0)
+    prepared = SimpleNamespace(optimizer=optimizer, scaler=torch.amp.GradScaler("cpu"))
+    state = SimpleNamespace(max_steps=5, global_step=0)
+    callback = TemperatureCallback()
+    with pytest.raises(RuntimeError, match=r"GradScaler can neither.*bf16 instead of a GradScaler"):
+        callback.on_train_begin(None, state, None, model=circuit, optimizer=prepared)
+    assert callback.schedule is None
+    assert circuit.l0_rider is None
+    prepared.scaler = None
+    callback.on_train_begin(None, state, None, model=circuit, optimizer=prepared)
 
 
 @pytest.mark.parametrize(
