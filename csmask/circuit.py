@@ -17,7 +17,7 @@ from . import checkpoint, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
-from .functional import check_temperature
+from .functional import check_temperature, check_weight_dtype
 from .layers import MaskedLayer, check_execution
 from .loss import L0Rider, add_to_loss, gives_labels, share_of_step
 from .masked_layer import check_numbers
@@ -181,6 +181,17 @@ class CircuitModel(nn.Module):
                 layer.masked_weight.drop()  # soft masks are of no use in evaluation, nor hard ones in training
             layer.training = mode
         return self
+
+    def to(self, *args: Any, **kwargs: Any) -> CircuitModel:
+        """As any module's ``to``; logits and temperature keep fp32.
+
+        Raises:
+            TypeError: a dtype that masked layers cannot compute in; nothing is changed.
+        """
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        if dtype is not None:
+            check_weight_dtype(dtype)
+        return super().to(*args, **kwargs)
 
     # Masks
 
@@ -452,7 +463,12 @@ class CircuitModel(nn.Module):
         }
 
     def undecided_fraction(self) -> float:
-        """Share of weights with ``|T * S| < 4``, whose soft mask is still well between 0 and 1."""
+        """Share of weights with ``|T * S| < 4``, whose soft mask is still well between 0 and 1.
+
+        Raises:
+            ValueError: a layer whose logits hold NaN, which would look decided.
+        """
+        self.check_logits()
         layers = self.masked_layers.values()
         return sum(layer.undecided() for layer in layers) / max(1, sum(layer.maskable for layer in layers))
 
