@@ -134,7 +134,7 @@ class CircuitModel(nn.Module):
             record.wanted, record.value, record.bias_value = flag, None, None
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
-        if self._bypass_checked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._bypass_checked:  # a graph is to know nothing of the second
             return self.wrapped_model(*args, **kwargs)
         with warn_of_bypassed(self.wrapped_model, self.masked_layers):
             output = self.wrapped_model(*args, **kwargs)

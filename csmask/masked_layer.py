@@ -248,13 +248,12 @@ class MaskedLayer(nn.Module):
         if self.execution not in ("auto", "per_step"):
             return self.execution
         device = self.weight.device
-        if self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
+        # While compiling, the number of rows is a symbol that a choice would pin to one value.
+        if torch.compiler.is_compiling() or self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
             return "per_forward"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
-        # While compiling, the number of rows is a symbol that a choice would pin to one value.
-        rows = None if torch.compiler.is_compiling() else self._rows(x)
-        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
+        return cost.choose(self._rows(x), self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""

@@ -103,6 +103,7 @@ def test_the_dtype_of_the_base_makes_no_difference_to_per_step(dtype):
     assert_same_training(got, want, losses, expected, 1e-6 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.dropin
 def test_autocast_makes_the_masked_weight_in_its_dtype():
     got, want = circuit_of(), circuit_of()
     optimizers = lean(got.mask_parameters()), MaskAdamW(want.mask_parameters(), lr=0.02)
@@ -173,7 +174,8 @@ def test_a_base_that_is_trained_too_is_trained_as_without():
     assert_same_training(got, want, losses, train(want, theirs, 10, others=bases[1:]))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.dropin
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_checkpointed_layers_are_stepped_once(use_reentrant):
     """A transformer whose blocks run again in backward."""
     torch.manual_seed(0)
@@ -212,7 +214,8 @@ def test_checkpointed_layers_are_stepped_once(use_reentrant):
     assert not any(held)  # each gradient was used at once
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.dropin
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_a_checkpointed_layer_that_is_used_twice_is_right_or_refused(use_reentrant):
     (got, mine), (want, theirs) = pair()
     for circuit in (got, want):
@@ -230,6 +233,7 @@ def test_a_checkpointed_layer_that_is_used_twice_is_right_or_refused(use_reentra
     assert_same_training(got, want, train(got, mine, 10), train(want, theirs, 10))
 
 
+@pytest.mark.dropin
 def test_a_compiled_circuit_trains_alike():
     torch.compiler.reset()
     (got, mine), (want, theirs) = pair()

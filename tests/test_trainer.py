@@ -173,7 +173,7 @@ def one_of_two(family: str, folder: str) -> None:
 
 @pytest.mark.dropin
 @pytest.mark.parametrize("how", ["optimizers", "optimizer_cls_and_kwargs"])
-@pytest.mark.parametrize("max_grad_norm", [0, 1e-3])
+@pytest.mark.parametrize("max_grad_norm", [0, 1e-3], ids=["unclipped", "clipped"])
 def test_mask_adamw_trains_as_adamw(how, max_grad_norm, tmp_path):
     got, want = build("bert"), build("bert", execution="reference")
     args = arguments(tmp_path, 2, 4, max_grad_norm=max_grad_norm, adam_epsilon=1e-4)
