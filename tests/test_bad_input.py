@@ -132,6 +132,19 @@ def test_a_nan_in_a_batch_is_reported_by_layer(execution, tmp_path):
     circuit.telemetry()
 
 
+@pytest.mark.usefixtures("triton_on_cpu")
+@pytest.mark.parametrize("execution", ["per_step", "lean", "8 bits"])
+def test_the_steps_sums_show_it_on_the_gpu_kernels_too(execution):
+    circuit = circuit_of(execution)
+    optimizer = optimizer_of(circuit, execution)
+    x, labels = batch_of()
+    x[SOME, 0, 0] = math.nan
+    step(circuit, optimizer, x, labels)
+    for report in (circuit.telemetry, optimizer.telemetry):
+        with pytest.raises(ValueError, match=r"^conv\.mask_logits holds NaN"):
+            report()
+
+
 @pytest.mark.parametrize("name", NAMES)
 @every_execution
 def test_nan_logits_of_one_layer_are_named(name, execution, tmp_path):

@@ -142,6 +142,15 @@ def test_amp_trains_as_fp32(amp, family, optimizer, clip):
     assert all(norm > 1.1 * clip for norm in norms[0])  # and clips
 
 
+def test_max_grad_norm_clips_what_the_scaler_has_unscaled(monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "clipping", lambda p, **settings: MaskAdamW(p, max_grad_norm=2e-3, **settings))
+    got, optimizer = mixed("bert", "clipping", torch.float16, torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    norms = []
+    want, _ = mixed("bert", "AdamW", torch.float16, None, 2e-3, "reference", norms=norms)
+    assert_near(got, want, torch.finfo(torch.float16).eps)
+    assert float(optimizer.grad_norm) == pytest.approx(norms[-1], rel=1e-3)
+
+
 @pytest.mark.parametrize("clip", [None, 2e-3], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("optimizer", ["AdamW", "MaskAdamW"])
 @pytest.mark.parametrize("execution", ["per_forward", "in_kernel", "auto"])
