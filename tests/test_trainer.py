@@ -169,6 +169,7 @@ def one_of_two(family: str, folder: str) -> None:
     trainer.train()
     if args.process_index == 0:
         torch.save({"logits": logits(circuit), "losses": losses(trainer)}, Path(folder) / "result.pt")
+    torch.distributed.destroy_process_group()  # left to the end of the process, gloo's threads may abort it
 
 
 @pytest.mark.dropin
