@@ -16,15 +16,25 @@ from torch import nn
 
 
 def class_like(cls: type, model: nn.Module) -> type:
-    """A subclass of ``cls``, a circuit's class, with the name of the model's class and its forward's signature."""
-    original = getattr(cls, "_circuit_class", cls)
+    """A subclass of ``cls``, a circuit's class, with the name of the model's class and its forward's signature.
+
+    A user's subclass of ``CircuitModel`` whose forward names arguments keeps that signature.
+    """
+    original: Any = getattr(cls, "_circuit_class", cls)
     try:
         signature = inspect.signature(model.forward)
-        if any(p.name == "self" for p in signature.parameters.values()):
-            return original
-        return _class_like(original, type(model).__name__, signature)
-    except (TypeError, ValueError):  # a forward written in C, defaults that cannot be hashed
+        own = list(inspect.signature(original.forward).parameters.values())[1:]
+    except (TypeError, ValueError):  # a forward written in C
         return original
+    if any(p.name == "self" for p in signature.parameters.values()):
+        return original
+    if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own):
+        signature = signature.replace(parameters=own)
+    arguments = original, type(model).__name__, signature
+    try:
+        return _class_like(*arguments)
+    except TypeError:  # defaults that cannot be hashed
+        return _class_like.__wrapped__(*arguments)
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,15 +76,15 @@ def _passes_kwargs_to_loss(forward: Any) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return True  # as transformers assumes
+    passes_on = False
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.arg)) and getattr(node, "id", getattr(node, "arg", "")) == _NUM_ITEMS:
             return True
         if isinstance(node, ast.keyword) and node.arg == _NUM_ITEMS:
             return True
-        is_loss = isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower()
-        if is_loss and any(keyword.arg is None for keyword in node.keywords):
-            return True
-    return False
+        if isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower():
+            passes_on = passes_on or any(keyword.arg is None for keyword in node.keywords)
+    return passes_on
 
 
 _NUM_ITEMS = "num_items_in_batch"
