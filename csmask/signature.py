@@ -76,15 +76,16 @@ def _passes_kwargs_to_loss(forward: Any) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return True  # as transformers assumes
-    passes_on = False
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.arg)) and getattr(node, "id", getattr(node, "arg", "")) == _NUM_ITEMS:
             return True
         if isinstance(node, ast.keyword) and node.arg == _NUM_ITEMS:
             return True
-        if isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower():
-            passes_on = passes_on or any(keyword.arg is None for keyword in node.keywords)
-    return passes_on
+        if not (isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower()):
+            continue
+        if any(keyword.arg is None for keyword in node.keywords):
+            return True
+    return False
 
 
 _NUM_ITEMS = "num_items_in_batch"
