@@ -113,9 +113,11 @@ def _nearest(target: str, names: dict[str, nn.Module]) -> str:
         return "; the model has no layer that can be masked"
     wanted = target.removeprefix("re:").removesuffix(".weight")
     leaf = wanted.rsplit(".", 1)[-1]
-    # Of layers in a row, the ones of the number that was asked for.
+    # Of layers in a row, all of the number that was asked for: names within a block move, too.
     number = re.findall(r"\d+", wanted)
-    candidates = [n for n in candidates if number and re.findall(r"\d+", n)[: len(number)] == number] or candidates
+    of_number = [n for n in candidates if number and re.findall(r"\d+", n)[: len(number)] == number]
+    if of_number:
+        return f"; nearest: {', '.join(difflib.get_close_matches(wanted, of_number, n=7, cutoff=0.0))}"
     # Names move between releases mostly by a prefix: the same tail counts for more than the same spelling.
     same_tail = [n for n in candidates if n == leaf or n.endswith(f".{leaf}")]
     near = difflib.get_close_matches(wanted, same_tail, n=3, cutoff=0.0) if same_tail else []
