@@ -695,6 +695,26 @@ def test_adapters_over_a_circuit_are_saved_and_loaded_by_peft(tmp_path):
     assert not torch.equal(make_circuit("llama", [*ATTENTION, *MLP]).eval()(**batch).logits, want)
 
 
+@pytest.mark.parametrize("which", ADAPTED)
+def test_a_circuit_with_adapters_is_loaded_over_a_base_that_has_them(which, tmp_path):
+    from peft import PeftModel
+
+    _, circuit, adapters = adapted_circuit("adapters, then masks", ADAPTED[which])
+    batch = MODELS["llama"].batch(0)
+    want = circuit.eval()(**batch).logits
+    circuit.save_pretrained(tmp_path / "masks")
+    circuit.wrapped_model.save_pretrained(tmp_path / "adapters")
+    base = PeftModel.from_pretrained(MODELS["llama"].build(), tmp_path / "adapters")
+    loaded = CircuitModel.from_pretrained(base, tmp_path / "masks")
+    assert torch.equal(loaded(**batch).logits, want)
+    with torch.no_grad():
+        next(iter(adapters.values())).mul_(2)
+    circuit.wrapped_model.save_pretrained(tmp_path / "others")
+    others = PeftModel.from_pretrained(MODELS["llama"].build(), tmp_path / "others")
+    with pytest.raises(ValueError, match="wrong base model"):
+        CircuitModel.from_pretrained(others, tmp_path / "masks")
+
+
 def test_targets_in_a_model_with_adapters():
     from peft import get_peft_model
 
