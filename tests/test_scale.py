@@ -211,6 +211,42 @@ def test_a_model_masked_without_weights_is_the_one_masked_with_them(name, hparam
     assert torch.equal(circuit.eval()(**batch).logits, want.eval()(**batch).logits)
 
 
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("memory_is_nan")
+def test_shards_made_on_the_meta_device_get_their_masks_too(one_process):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    circuit, want = pair("llama", HPARAMS[0])
+    for block in circuit.wrapped_model.model.layers:
+        fully_shard(block, mesh=one_process)
+    fully_shard(circuit, mesh=one_process)
+    circuit.to_empty(device="cpu")
+    weights = weights_of(want)
+    for name, param in circuit.wrapped_model.named_parameters():
+        if name in weights:
+            with torch.no_grad():
+                param.copy_(distribute_tensor(weights[name], one_process, param.placements))
+    bring_buffers(circuit, want)
+    batch = MODELS["llama"].batch(0)
+    loss, expected = circuit(**batch).loss, want(**batch).loss
+    loss.backward()
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert circuit.temperature == 1.0
+    for got, other in zip(circuit.mask_parameters(), want.mask_parameters(), strict=True):
+        assert isinstance(got, DTensor)
+        assert torch.equal(got.full_tensor(), other)
+        torch.testing.assert_close(got.grad.full_tensor(), other.grad)
+
+
 @pytest.mark.usefixtures("memory_is_nan")
 def test_moving_a_circuit_that_has_weights_keeps_its_masks():
     circuit, _ = pair("bert", HPARAMS[0])
