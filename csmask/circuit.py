@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, state
+from . import checkpoint, quantised, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
@@ -89,6 +89,7 @@ class CircuitModel(nn.Module):
                 for param in base_parameters:
                     param.requires_grad_(False)
             disable_fused_encoder_layers(model)
+            quantised.hold_formats(model)
             self._checkpointable = checkpointable_layers(model)
             self._set_ablation(config.mask_hparams["ablation"], 0)
             self.train()
@@ -163,6 +164,9 @@ class CircuitModel(nn.Module):
     def accepts_loss_kwargs(self) -> bool:
         """For transformers' Trainer: whether the base's loss is one of the step that ``num_items_in_batch`` counts."""
         return self._takes_num_items
+
+    # For transformers' Trainer, which refuses to train a quantised model unless something else is trained on top of it.
+    _hf_peft_config_loaded = True
 
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
         """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics.
@@ -573,6 +577,7 @@ class CircuitModel(nn.Module):
 
     def _restore_base(self, layers: Iterable[nn.Module]) -> None:
         swap_out(layers)
+        quantised.release_formats(self.wrapped_model)
         enable_nested_tensors(self.wrapped_model)
         for name, param in self.wrapped_model.named_parameters(remove_duplicate=False):
             if name in self.base_requires_grad:

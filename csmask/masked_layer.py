@@ -15,6 +15,7 @@ from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
+from .quantised import dense
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
 _LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
@@ -97,6 +98,10 @@ class MaskedLayer(nn.Module):
         """Whether no mask of this layer, weight or bias, is soft: what an ablation needs."""
         return self.hard and (self.bias_mask_logits is None or self.is_hard(self.bias_mask_logits))
 
+    def base_weight(self, dtype: torch.dtype | None = None) -> Any:  # noqa: ARG002, for layers whose weight is quantised
+        """The unmasked weight for input of a dtype: a tensor, or where it is quantised a ``QuantisedWeight``."""
+        return self.weight
+
     @property
     def circuit(self) -> Tensor:
         """Boolean ``S > 0``, shape of ``mask_logits``."""
@@ -111,14 +116,14 @@ class MaskedLayer(nn.Module):
         """Entries of the mask unit in the shape that broadcasts over the weight."""
         if self.mask_unit == "weight":
             return entries
-        shape = [1] * self.weight.dim()
+        shape = [1] * self.base_weight().dim()
         shape[self.unit_dim] = -1
         return entries.view(shape)
 
     @property
     def maskable(self) -> int:
         """Number of weights (and masked bias terms) that the mask decides about."""
-        return self.weight.numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
+        return self.base_weight().numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
 
     def kept(self) -> int:
         """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
@@ -132,7 +137,7 @@ class MaskedLayer(nn.Module):
         """int64 ``(kept, undecided)`` in one pass over the logits; only those of the bias with ``weights=False``."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
         if weights:
-            per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+            per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
             counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
         if self.bias_mask_logits is not None:
             counts = counts + self.ops.mask_sums(self.bias_mask_logits.detach(), self.temperature)[1]
@@ -140,7 +145,7 @@ class MaskedLayer(nn.Module):
 
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
-        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+        per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
         l0 = self.ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
         return l0 if self.bias_mask_logits is None else l0 + self.take_bias_l0()
 
@@ -243,7 +248,7 @@ class MaskedLayer(nn.Module):
         ceilings = cost.ceilings_of(device.type, name)
         # While compiling, the number of rows is a symbol that a choice would pin to one value.
         rows = None if torch.compiler.is_compiling() else self._rows(x)
-        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
+        return cost.choose(rows, self.base_weight(x.dtype), ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
@@ -252,7 +257,7 @@ class MaskedLayer(nn.Module):
     def mask_arguments(self, x: Tensor) -> dict[str, Any]:
         """What every masked operation takes besides its input and geometry."""
         arguments = {
-            "weight": self.weight,
+            "weight": self.base_weight(x.dtype),
             "mask_logits": self._broadcast(self._in_use(self.mask_logits)),
             "temperature": self.temperature,
             "hard": self.hard,
@@ -320,9 +325,9 @@ class MaskedLayer(nn.Module):
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
         raise NotImplementedError
 
-    def hard_masked_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the hard mask: the numbers that evaluation uses."""
-        weight, bias = self.weight, self.bias
+    def hard_masked_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the hard mask: the numbers that evaluation uses on input of a dtype."""
+        weight, bias = dense(self.base_weight(dtype)), self.bias
         weight, _ = self.ops.materialize(weight, self.unit_logits, self.temperature, True, self.mask_scale)
         if bias is not None and self.bias_mask_logits is not None:
             bias, _ = self.ops.materialize(bias, self.bias_mask_logits, self.temperature, True, self.mask_scale)
@@ -338,15 +343,19 @@ class MaskedLayer(nn.Module):
                 f"ablation {self.ablation!r} needs hard masks, but the masks are in training: call .eval() first, "
                 "or set_ablate_mode('none')"
             )
-        weight, bias = self.ablated_parameters()
+        weight, bias = self.ablated_parameters(input.dtype)
         return self._plain_forward(input, weight, bias)
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def ablated_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes."""
-        weight = self._ablate(self.weight, self.circuit, "weight")
+    def ablated_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes.
+
+        Args:
+            dtype: of the input, which a quantised weight is dequantised for.
+        """
+        weight = self._ablate(dense(self.base_weight(dtype)), self.circuit, "weight")
         if self.bias is None or self.bias_mask_logits is None:
             return weight, self.bias
         return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
@@ -371,7 +380,7 @@ class MaskedLayer(nn.Module):
     @property
     def fan_in(self) -> int | None:
         """Inputs per output unit, for the initialisation's bound."""
-        return math.prod(self.weight.shape[1:])
+        return math.prod(self.base_weight().shape[1:])
 
     def check_complement(self, name: str) -> None:
         """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""

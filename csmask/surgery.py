@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from . import quantised
 from .config import CircuitConfig
 from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, taken_attribute, unmask_layer
 
@@ -172,7 +173,13 @@ def unmaskable_reason(module: nn.Module, names: dict[str, nn.Module]) -> tuple[t
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
         return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy, parametrized or quantised)"
-    if weight.dtype not in _FLOATS:
+    storage = quantised.format_of(module)
+    refusal = None if storage is None else storage.refusal(module)
+    if refusal is not None:
+        return NotImplementedError, refusal
+    if storage is None and quantised.is_torchao(type(weight)):
+        return NotImplementedError, f"csmask masks quantised weights of linear layers only, not those of a {kind}"
+    if storage is None and weight.dtype not in _FLOATS:
         return TypeError, f"its weight has dtype {weight.dtype}, not float16, bfloat16, float32 or float64"
     taken = taken_attribute(module)
     if taken is not None:

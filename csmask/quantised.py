@@ -1,0 +1,387 @@
+"""Quantised base weights: how a masked layer gets at the numbers of a weight that is stored in 8 or 4 bits.
+
+The layers are torchao's (an ``nn.Linear`` whose weight is a tensor subclass) and bitsandbytes' (``Linear4bit``,
+``Linear8bitLt``). Neither library is imported here: one that made a layer is there already. A ``Format`` says for a layer
+how its weight is dequantised; a ``QuantisedWeight`` is what masked operations take in place of a dense weight, and is
+dense only while one of them runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Marks a Linear4bit that has been kept from repacking its weight.
+_REPACKS = "_repacks_without_masks"
+
+
+class QuantisedWeight:
+    """The weight of a quantised layer: its shape, dtype and device, and the numbers whenever they are asked for.
+
+    Args:
+        shape: ``(out, in)``, whatever the shape that it is stored in.
+        dtype: of the dequantised weight.
+        device: of the stored tensors.
+        dequantise: gives the weight in any float dtype.
+    """
+
+    requires_grad = False
+
+    def __init__(
+        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, dequantise: Callable[[], Tensor]
+    ) -> None:
+        self.shape, self.dtype, self.device, self._dequantise = shape, dtype, device, dequantise
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """The dequantised weight, rounded to ``dtype``: new memory, the caller's own."""
+        return self._dequantise().detach().to(self.dtype).contiguous()
+
+
+def dense(weight: Tensor | QuantisedWeight) -> Tensor:
+    """The weight as a tensor, made now where it is quantised."""
+    return weight.dense() if isinstance(weight, QuantisedWeight) else weight
+
+
+class Format:
+    """How one kind of quantised linear layer stores its weight.
+
+    Attributes:
+        casts: whether the layer takes input of any float dtype, computes in ``dtype`` and casts its output back.
+    """
+
+    casts = True
+
+    def refusal(self, layer: Any) -> str | None:
+        """Why this layer cannot be masked; None if it can."""
+        raise NotImplementedError
+
+    def name(self, layer: Any) -> str:
+        """What the weight is stored as, for the fingerprint of a base."""
+        raise NotImplementedError
+
+    def shape(self, layer: Any) -> torch.Size:
+        """``(out, in)``."""
+        return torch.Size((layer.out_features, layer.in_features))
+
+    def dtype(self, layer: Any, x_dtype: torch.dtype) -> torch.dtype:
+        """What the layer computes in on input of a dtype."""
+        raise NotImplementedError
+
+    def dequantiser(self, layer: Any) -> Callable[[], Tensor]:
+        """What gives the dense weight ``(out, in)``; holds the stored tensors, not the layer."""
+        raise NotImplementedError
+
+    def stored(self, layer: Any) -> dict[str, Tensor]:
+        """The plain tensors that the weight is stored in, by name."""
+        raise NotImplementedError
+
+    def become_dense(self, layer: Any) -> None:
+        """Make an unmasked layer, whose weight has been replaced by a dense one, a plain layer."""
+        raise NotImplementedError
+
+
+class TorchAO(Format):
+    """An ``nn.Linear`` whose weight is one of torchao's tensors: int8, int4 in int8, float8, NF4 ..."""
+
+    casts = False  # as nn.Linear
+
+    def refusal(self, layer: Any) -> str | None:
+        weight, kind = layer.weight, type(layer.weight).__name__
+        settings = ("act_quant_kwargs", "act_quant_scale", "act_pre_scale", "activation_quantization")
+        if any(getattr(weight, name, None) is not None for name in settings):
+            return (
+                f"its {kind} quantises the layer's input as well, which a mask over the dequantised weight would leave "
+                "out: quantise weights only (Int8WeightOnlyConfig, IntxWeightOnlyConfig ...)"
+            )
+        if self._reader(weight) is None:
+            return f"torchao's {kind} cannot be dequantised: use a config whose weights can (Int8WeightOnlyConfig ...)"
+        return None
+
+    def name(self, layer: Any) -> str:
+        return f"torchao {type(layer.weight).__name__} {str(layer.weight.dtype).removeprefix('torch.')}"
+
+    def dtype(self, layer: Any, x_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002, as in nn.Linear it must be that
+        return layer.weight.dtype
+
+    def dequantiser(self, layer: Any) -> Callable[[], Tensor]:
+        reader = self._reader(layer.weight)
+        assert reader is not None
+        return reader
+
+    def stored(self, layer: Any) -> dict[str, Tensor]:
+        return dict(_flatten(layer.weight))
+
+    def become_dense(self, layer: Any) -> None:
+        vars(layer).pop("extra_repr", None)  # which shows the quantised weight
+
+    @staticmethod
+    def _reader(weight: Any) -> Callable[[], Tensor] | None:
+        if hasattr(weight, "get_original_weight"):  # NF4, whose dequantize is another function
+            return weight.get_original_weight
+        own = getattr(type(weight), "dequantize", None)
+        return None if own is None or own is Tensor.dequantize else weight.dequantize
+
+
+class BitsAndBytes4(Format):
+    """bitsandbytes' ``Linear4bit``: nf4 or fp4, two weights in a byte, the scales quantised again or not."""
+
+    def refusal(self, layer: Any) -> str | None:
+        state = self._state(layer)
+        if state is None:
+            return "its weight has not been quantised yet: move the model to its device first"
+        if getattr(state, "packing_format_for_cpu", False):
+            return (
+                "an evaluation on this CPU has repacked its weight, with scales rounded to bfloat16: load the model "
+                "again and mask it before the first forward"
+            )
+        if tuple(state.shape) != tuple(self.shape(layer)):
+            expected = tuple(self.shape(layer))
+            return f"its weight must have been quantised as (out, in) = {expected}, got {tuple(state.shape)}"
+        return None
+
+    def name(self, layer: Any) -> str:
+        return f"bitsandbytes {self._state(layer).quant_type}"
+
+    def dtype(self, layer: Any, x_dtype: torch.dtype) -> torch.dtype:
+        return layer.compute_dtype or x_dtype
+
+    def dequantiser(self, layer: Any) -> Callable[[], Tensor]:
+        function = sys.modules["bitsandbytes"].functional.dequantize_4bit
+        return functools.partial(function, layer.weight.data, self._state(layer))
+
+    def stored(self, layer: Any) -> dict[str, Tensor]:
+        return {"weight": layer.weight.data, **self._state(layer).as_dict(packed=True)}
+
+    def become_dense(self, layer: Any) -> None:
+        _become_linear(layer)
+
+    @staticmethod
+    def _state(layer: Any) -> Any:
+        return getattr(layer.weight, "quant_state", None) or layer.quant_state
+
+
+class BitsAndBytes8(Format):
+    """bitsandbytes' ``Linear8bitLt``: int8 with a scale for each output; masked, its input is not quantised."""
+
+    def refusal(self, layer: Any) -> str | None:
+        if layer.state.has_fp16_weights:
+            return "its weight is kept in 16 bits and quantised at each use: build it with has_fp16_weights=False"
+        if layer.weight.dtype != torch.int8 or self._stored(layer)[1] is None:
+            return "its weight has not been quantised yet: move the model to its device first"
+        return None
+
+    def name(self, layer: Any) -> str:  # noqa: ARG002, they are all alike
+        return "bitsandbytes int8"
+
+    def dtype(self, layer: Any, x_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002, as the layer's own forward
+        return x_dtype
+
+    def dequantiser(self, layer: Any) -> Callable[[], Tensor]:
+        function = sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant
+        return functools.partial(function, *self._stored(layer))
+
+    def stored(self, layer: Any) -> dict[str, Tensor]:
+        return dict(zip(("weight", "SCB"), self._stored(layer), strict=True))
+
+    def become_dense(self, layer: Any) -> None:
+        _become_linear(layer)
+
+    @staticmethod
+    def _stored(layer: Any) -> tuple[Tensor, Any]:
+        """Weight and scales; the scales move from the weight to the layer's state at its first forward."""
+        scales = getattr(layer.weight, "SCB", None)
+        return layer.weight.data, layer.state.SCB if scales is None else scales
+
+
+def format_of(layer: Any) -> Format | None:
+    """The format of a layer's weight; None where it is not quantised, or in a way that csmask does not know."""
+    weight = layer._parameters.get("weight") if isinstance(layer, nn.Module) else None
+    return None if weight is None else _format_of(type(layer), type(weight))
+
+
+@functools.cache
+def _format_of(layer_type: type, weight_type: type) -> Format | None:
+    names = {(base.__module__.split(".")[0], base.__qualname__) for base in layer_type.__mro__}
+    if ("bitsandbytes", "Linear4bit") in names:
+        return BitsAndBytes4()
+    if ("bitsandbytes", "Linear8bitLt") in names:
+        return BitsAndBytes8()
+    if issubclass(layer_type, nn.Linear) and is_torchao(weight_type):
+        return TorchAO()
+    return None
+
+
+def is_torchao(tensor_type: type) -> bool:
+    """Whether these are quantised tensors of torchao."""
+    return any(base.__module__.split(".")[0] == "torchao" for base in tensor_type.__mro__)
+
+
+def weight_of(layer: Any, x_dtype: torch.dtype) -> QuantisedWeight:
+    """The weight of a quantised layer for input of a dtype."""
+    kind = format_of(layer)
+    assert kind is not None
+    return QuantisedWeight(kind.shape(layer), kind.dtype(layer, x_dtype), layer.weight.device, kind.dequantiser(layer))
+
+
+def shape_of(layer: Any) -> torch.Size:
+    """The shape of a layer's weight as operations see it, quantised or not."""
+    kind = format_of(layer)
+    return layer.weight.shape if kind is None else kind.shape(layer)
+
+
+# What a base is stored in
+
+
+def plain_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensor itself, or those that a quantised one of torchao's consists of."""
+    return [part for _, part in _flatten(tensor)] if is_torchao(type(tensor)) else [tensor]
+
+
+def _flatten(tensor: Any, name: str = "weight") -> Iterator[tuple[str, Tensor]]:
+    if not is_torchao(type(tensor)):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _flatten(getattr(tensor, inner), f"{name}.{inner}")
+
+
+def is_stored_plainly(tensor: Tensor) -> bool:
+    """Whether a parameter or buffer is a plain tensor, or a quantised one that consists of plain tensors."""
+    name = (type(tensor).__module__.split(".")[0], type(tensor).__qualname__)
+    known = name in (("bitsandbytes", "Params4bit"), ("bitsandbytes", "Int8Params"))
+    return known or all(type(part) in (Tensor, nn.Parameter) for part in plain_tensors(tensor))
+
+
+def hash_tensor(digest: Any, tensor: Tensor) -> None:
+    """Add the bytes of a tensor, quantised or not, to a hash."""
+    for part in plain_tensors(tensor):
+        digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def fingerprint_of(layer: Any, kind: Format) -> dict[str, Any]:
+    """Shape, format and SHA-256 of all that a quantised layer's numbers depend on."""
+    digest = hashlib.sha256()
+    tensors = kind.stored(layer)
+    if layer.bias is not None:
+        tensors = {**tensors, "bias": layer.bias}
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hash_tensor(digest, tensor)
+    return {"shape": list(kind.shape(layer)), "dtype": kind.name(layer), "sha256": digest.hexdigest()}
+
+
+def state_names(model: nn.Module) -> set[str]:
+    """Names in ``model.state_dict()`` of scales and the like, which are neither parameters nor buffers."""
+    found: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = format_of(module)
+        if isinstance(kind, (BitsAndBytes4, BitsAndBytes8)):
+            own: dict[str, Any] = {}
+            module._save_to_state_dict(own, f"{name}." if name else "", False)
+            prefix = f"{name}.weight"
+            found |= {n for n in own if n.startswith(f"{prefix}.") or n == f"{prefix}_format" or n.endswith(".SCB")}
+    return found
+
+
+# What libraries would do to a base that csmask holds
+
+
+def hold_formats(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, which loses digits of their scales, at evaluations on a CPU."""
+    for module in model.modules():
+        if isinstance(format_of(module), BitsAndBytes4) and getattr(module, "support_avx512bf16_for_cpu", False):
+            setattr(module, _REPACKS, module.support_avx512bf16_for_cpu)
+            module.support_avx512bf16_for_cpu = False
+
+
+def release_formats(model: nn.Module) -> None:
+    """Undo ``hold_formats``."""
+    for module in model.modules():
+        if _REPACKS in vars(module):
+            module.support_avx512bf16_for_cpu = vars(module).pop(_REPACKS)
+
+
+# Export
+
+
+def _become_linear(layer: Any) -> None:
+    plain = vars(nn.Linear(1, 1, device="meta"))
+    for name in set(vars(layer)) - set(plain):
+        vars(layer).pop(name)
+    for key, hook in list(layer._load_state_dict_pre_hooks.items()):
+        if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("bitsandbytes"):
+            del layer._load_state_dict_pre_hooks[key]
+    layer.__class__ = nn.Linear
+
+
+@torch.no_grad()
+def make_dense(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Make an unmasked quantised layer a plain one with this weight ``(out, in)`` and bias."""
+    kind = format_of(layer)
+    assert kind is not None
+    del layer.weight
+    layer.weight = nn.Parameter(weight)
+    layer.bias = None if bias is None else nn.Parameter(bias)
+    kind.become_dense(layer)
+
+
+def float_dtype(model: nn.Module, layer: Any) -> torch.dtype:
+    """The dtype that a layer of a model gets when it is made dense: the model's, by its first plain weight."""
+    kind = format_of(layer)
+    if kind is not None and not kind.casts:
+        return layer.weight.dtype
+    own = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
+    return next(own, torch.float32)
+
+
+def weight_names(model: nn.Module) -> set[str]:
+    """Names of the weights of a model that are quantised.
+
+    Raises:
+        NotImplementedError: one that cannot be dequantised.
+    """
+    found = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = format_of(module)
+        if kind is not None:
+            refusal = kind.refusal(module)
+            if refusal is not None:
+                raise NotImplementedError(f"layer {name!r} cannot be made dense: {refusal}")
+            found.add(f"{name}.weight" if name else "weight")
+    return found
+
+
+def make_model_dense(model: nn.Module) -> None:
+    """Make the layers of a model that are still quantised plain ones, and have the model say so."""
+    for module in model.modules():
+        if format_of(module) is not None:
+            dtype = float_dtype(model, module)
+            bias = module.bias if module.bias is None else module.bias.to(dtype)
+            make_dense(module, weight_of(module, dtype).dense().to(dtype), bias)
+    _forget_quantisation(model)
+
+
+def _forget_quantisation(model: nn.Module) -> None:
+    """Take away what says to transformers that a model is quantised: none of its layers is any more."""
+    for module in model.modules():
+        quantiser = getattr(module, "hf_quantizer", None)
+        if quantiser is not None:
+            quantiser.remove_quantization_config(module)
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+            vars(module).pop(name, None)
