@@ -312,7 +312,7 @@ class NeuronOp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         logits = mask_logits.flatten()
         out = ops.scale_neurons(unscaled, logits, temperature, bias, False, scale, _unit_dim(geometry, unscaled))
-        per_logit = reference.weights_per_logit(weight, mask_logits)
+        per_logit = reference.weights_per_logit(weight, mask_logits)  # type: ignore[arg-type] # sizes alone
         l0 = ops.mask_sums(logits, temperature, False, scale, per_logit, False)[0]
         if not ctx.needs_input_grad[2]:
             ctx.mark_non_differentiable(l0)

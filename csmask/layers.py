@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import functional, quantised, reference
 from .leaf_linear import leaf_linear
 from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
+from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 
 
@@ -69,12 +70,14 @@ class MaskedConv1D(MaskedLinear):
 
 
 class MaskedQuantisedLinear(MaskedLinear):
-    """A masked linear layer whose weight is stored in 8 or 4 bits: dequantised, masked and used, in each operation anew.
+    """A masked linear layer whose weight is stored in 8 or 4 bits: each operation dequantises, masks and uses it.
 
     The numbers are those of a plain linear layer that has the dequantised weight. Between two operations there is
     nothing dense of the weight's size, and autograd saves none: backward dequantises once more. So no masked weight is
-    kept, and no optimizer's step makes one ahead.
+    kept, and an optimizer's step makes none ahead.
     """
+
+    waits_lean_only = True
 
     def base_weight(self, dtype: torch.dtype | None = None) -> Any:
         return quantised.weight_of(self, torch.get_default_dtype() if dtype is None else dtype)
@@ -106,9 +109,9 @@ class MaskedQuantisedLinear(MaskedLinear):
         kind = quantised.format_of(self)
         return bias.to(x.dtype) if bias is not None and kind is not None and kind.casts else bias
 
-    @property
-    def can_wait(self) -> bool:
-        return False
+    def _weight_for(self, leaf: MaskedLeaf, x: Tensor) -> Any:
+        weight = self.base_weight(x.dtype)
+        return leaf.weight if weight.is_like(leaf.weight) else weight
 
     def ablated_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
         try:

@@ -64,6 +64,8 @@ class MaskedLayer(nn.Module):
 
     # Dimension of the weight that counts output units (neurons, filters).
     unit_dim = 0
+    # Whether per_step execution is for lean mode only: a masked weight that stays is larger than the base.
+    waits_lean_only = False
 
     _unmasked_class: type
     _rebuild: Callable[[type], MaskedLayer]
@@ -186,7 +188,7 @@ class MaskedLayer(nn.Module):
         if self.leaf is not None and execution != "per_step":
             self.leaf.release()
         elif self.leaf is not None:
-            self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+            self.leaf.bind(self.base_weight(), self.mask_logits, self.temperature)
         self._execution = execution
 
     # per_step: the masked weight as a leaf of autograd, whose gradient waits for an optimizer of ``optim``
@@ -198,8 +200,9 @@ class MaskedLayer(nn.Module):
         if in_several_processes():
             return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
-        lie_alike = self.weight.stride() == self.mask_logits.stride()
-        fits = self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
+        weight = self.base_weight()
+        lie_alike = weight.stride() == self.mask_logits.stride()
+        fits = self.mask_unit == "weight" and not weight.requires_grad and not weight.is_meta
         return self._execution in ("auto", "per_step") and fits and lie_alike
 
     def wait_for_step(self, lean: bool = False) -> MaskedLeaf:
@@ -210,7 +213,7 @@ class MaskedLayer(nn.Module):
             self.leaf.group = None  # its optimizer has no more to do with it
             self.leaf = None
         if self.leaf is None:
-            self.leaf = kind(self.weight, self.mask_logits, self.temperature, self.mask_scale)
+            self.leaf = kind(self.base_weight(), self.mask_logits, self.temperature, self.mask_scale)
         self.execution = "per_step"
         return self.leaf
 
@@ -295,8 +298,9 @@ class MaskedLayer(nn.Module):
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:
-        leaf, weight = self.leaf, self.weight
+        leaf = self.leaf
         assert leaf is not None
+        weight = self._weight_for(leaf, x)
         if leaf.weight is not weight or leaf.temperature is not self.temperature:
             leaf.free()
             leaf.bind(weight, self.mask_logits, self.temperature)
@@ -317,6 +321,10 @@ class MaskedLayer(nn.Module):
         masked_weight = leaf.value if compiling else leaf.current(dtype)
         assert masked_weight is not None
         return self._leaf_forward(x, masked_weight, bias)
+
+    def _weight_for(self, leaf: MaskedLeaf, x: Tensor) -> Any:  # noqa: ARG002, for layers whose weight is quantised
+        """What a forward on ``x`` has the leaf bound to."""
+        return self.weight
 
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
         """``_plain_forward``; a layer may bring the masked weight's gradient to the leaf in its own way."""
@@ -412,7 +420,7 @@ class MaskedLayer(nn.Module):
             return super()._apply(move, recurse)
         finally:
             if self.leaf is not None and self._execution == "per_step":
-                self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+                self.leaf.bind(self.base_weight(), self.mask_logits, self.temperature)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,8 +1,8 @@
 """Quantised base weights: how a masked layer gets at the numbers of a weight that is stored in 8 or 4 bits.
 
 The layers are torchao's (an ``nn.Linear`` whose weight is a tensor subclass) and bitsandbytes' (``Linear4bit``,
-``Linear8bitLt``). Neither library is imported here: one that made a layer is there already. A ``Format`` says for a layer
-how its weight is dequantised; a ``QuantisedWeight`` is what masked operations take in place of a dense weight, and is
+``Linear8bitLt``). Neither library is imported here: one that made a layer is there already. A ``Format`` says how the
+weight of a layer is dequantised; a ``QuantisedWeight`` is what masked operations take in place of a dense weight, and is
 dense only while one of them runs.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,18 +25,27 @@ class QuantisedWeight:
     """The weight of a quantised layer: its shape, dtype and device, and the numbers whenever they are asked for.
 
     Args:
+        source: the layer's parameter.
         shape: ``(out, in)``, whatever the shape that it is stored in.
         dtype: of the dequantised weight.
-        device: of the stored tensors.
         dequantise: gives the weight in any float dtype.
     """
 
     requires_grad = False
 
     def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, dequantise: Callable[[], Tensor]
+        self, source: Tensor, shape: torch.Size, dtype: torch.dtype, dequantise: Callable[[], Tensor]
     ) -> None:
-        self.shape, self.dtype, self.device, self._dequantise = shape, dtype, device, dequantise
+        self.source, self.shape, self.dtype, self._dequantise = source, shape, dtype, dequantise
+        self.device, self.is_meta = source.device, source.is_meta
+
+    def is_like(self, other: Any) -> bool:
+        """Whether another one gives the same numbers."""
+        same = isinstance(other, QuantisedWeight) and other.source is self.source
+        return same and (other.dtype, other.device) == (self.dtype, self.device)
+
+    def stride(self) -> tuple[int, ...]:
+        return self.shape[1], 1
 
     def dim(self) -> int:
         return len(self.shape)
@@ -56,6 +65,13 @@ class QuantisedWeight:
 def dense(weight: Tensor | QuantisedWeight) -> Tensor:
     """The weight as a tensor, made now where it is quantised."""
     return weight.dense() if isinstance(weight, QuantisedWeight) else weight
+
+
+def empty_like(weight: Tensor | QuantisedWeight, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a dense tensor of the weight's shape and device."""
+    if isinstance(weight, QuantisedWeight):
+        return torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    return torch.empty_like(weight, dtype=dtype)
 
 
 class Format:
@@ -211,8 +227,8 @@ class BitsAndBytes8(Format):
 
 def format_of(layer: Any) -> Format | None:
     """The format of a layer's weight; None where it is not quantised, or in a way that csmask does not know."""
-    weight = layer._parameters.get("weight") if isinstance(layer, nn.Module) else None
-    return None if weight is None else _format_of(type(layer), type(weight))
+    weight: Any = layer._parameters.get("weight") if isinstance(layer, nn.Module) else None
+    return None if weight is None else _format_of(type(layer), type(weight))  # type: ignore[arg-type]
 
 
 @functools.cache
@@ -236,7 +252,7 @@ def weight_of(layer: Any, x_dtype: torch.dtype) -> QuantisedWeight:
     """The weight of a quantised layer for input of a dtype."""
     kind = format_of(layer)
     assert kind is not None
-    return QuantisedWeight(kind.shape(layer), kind.dtype(layer, x_dtype), layer.weight.device, kind.dequantiser(layer))
+    return QuantisedWeight(layer.weight, kind.shape(layer), kind.dtype(layer, x_dtype), kind.dequantiser(layer))
 
 
 def shape_of(layer: Any) -> torch.Size:
@@ -304,7 +320,8 @@ def state_names(model: nn.Module) -> set[str]:
 
 def hold_formats(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights, which loses digits of their scales, at evaluations on a CPU."""
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if isinstance(format_of(module), BitsAndBytes4) and getattr(module, "support_avx512bf16_for_cpu", False):
             setattr(module, _REPACKS, module.support_avx512bf16_for_cpu)
             module.support_avx512bf16_for_cpu = False
@@ -312,7 +329,8 @@ def hold_formats(model: nn.Module) -> None:
 
 def release_formats(model: nn.Module) -> None:
     """Undo ``hold_formats``."""
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if _REPACKS in vars(module):
             module.support_avx512bf16_for_cpu = vars(module).pop(_REPACKS)
 
@@ -369,7 +387,8 @@ def weight_names(model: nn.Module) -> set[str]:
 
 def make_model_dense(model: nn.Module) -> None:
     """Make the layers of a model that are still quantised plain ones, and have the model say so."""
-    for module in model.modules():
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if format_of(module) is not None:
             dtype = float_dtype(model, module)
             bias = module.bias if module.bias is None else module.bias.to(dtype)
