@@ -286,7 +286,7 @@ class CircuitModel(nn.Module):
                 once a ``torch.optim`` optimizer has stepped the logits, for one masked weight more in memory (2 bytes
                 per weight in bf16). ``"always"``: in evaluation too, which then costs what the dense model costs; after
                 writing to ``mask_logits.data`` by hand, or replaying a CUDA graph that does, call this again.
-                ``"never"``: made anew at each use.
+                ``"never"``: made anew at each use, as those of quantised layers are whatever this says.
         """
         if when not in KEEP_MODES:
             raise ValueError(f"when must be one of {', '.join(map(repr, KEEP_MODES))}, got {when!r}")
@@ -558,11 +558,13 @@ class CircuitModel(nn.Module):
         """A copy of the base model as a plain model: the hard mask is written into its weights.
 
         Its outputs equal the hard-masked circuit's exactly, with all masks on, whatever ``use_masks`` says. A tied
-        weight that is masked becomes one of its own.
+        weight that is masked becomes one of its own. Quantised layers, masked or not, become dense ones, in the model's
+        dtype.
 
         Raises:
             ValueError: the logits hold NaN.
-            NotImplementedError: the tied output head of an encoder-decoder is masked, which such a model cannot hold.
+            NotImplementedError: the tied output head of an encoder-decoder is masked, which such a model cannot hold;
+                a quantised layer that cannot be dequantised.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)

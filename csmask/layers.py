@@ -93,7 +93,9 @@ class MaskedQuantisedLinear(MaskedLinear):
     def _can_pack(self) -> bool:
         return False
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.compiler.disable  # when to dequantise is none of a compiled graph's business
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())  # torch.nn calls it ``input``, bitsandbytes ``x``
         kind = quantised.format_of(self)
         if not self.use_masks or kind is None or not kind.casts:
             return super().forward(x)

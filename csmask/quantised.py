@@ -2,8 +2,8 @@
 
 The layers are torchao's (an ``nn.Linear`` whose weight is a tensor subclass) and bitsandbytes' (``Linear4bit``,
 ``Linear8bitLt``). Neither library is imported here: one that made a layer is there already. A ``Format`` says how the
-weight of a layer is dequantised; a ``QuantisedWeight`` is what masked operations take in place of a dense weight, and is
-dense only while one of them runs.
+weight of a layer is dequantised; a ``QuantisedWeight`` is what masked operations take in place of a dense weight, and
+is dense only while one of them runs.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ class QuantisedWeight:
 
     requires_grad = False
 
-    def __init__(
-        self, source: Tensor, shape: torch.Size, dtype: torch.dtype, dequantise: Callable[[], Tensor]
-    ) -> None:
+    def __init__(self, source: Tensor, shape: torch.Size, dtype: torch.dtype, dequantise: Callable[[], Tensor]) -> None:
         self.source, self.shape, self.dtype, self._dequantise = source, shape, dtype, dequantise
         self.device, self.is_meta = source.device, source.is_meta
 

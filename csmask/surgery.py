@@ -165,14 +165,17 @@ def unmaskable_reason(module: nn.Module, names: dict[str, nn.Module]) -> tuple[t
         return ValueError, "it is masked already; unload() the circuit that it belongs to first"
     kind = type(module).__name__
     if maskable_type(type(module)) is None:
-        return TypeError, f"{kind} is not a Linear, Conv1d, Conv2d or GPT-2 Conv1D"
+        return (
+            TypeError,
+            f"{kind} is not a Linear, Conv1d, Conv2d, GPT-2 Conv1D or one quantised by torchao or bitsandbytes",
+        )
     if not keeps_forward(type(module)) or "forward" in vars(module):
         return NotImplementedError, f"{kind} has a forward of its own, which would not use the mask"
     if any(isinstance(m, nn.MultiheadAttention) and module is m.out_proj for m in names.values()):
         return NotImplementedError, "torch.nn.MultiheadAttention uses its weight without calling it"
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy, parametrized or quantised)"
+        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy or parametrized)"
     storage = quantised.format_of(module)
     refusal = None if storage is None else storage.refusal(module)
     if refusal is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from csmask.config import ABLATION_MODES
 from csmask.quantised import format_of, weight_of
 from csmask.testing import assert_close, seeded_normal
 
-bnb = pytest.importorskip("bitsandbytes")
+pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
+import bitsandbytes as bnb
 from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
@@ -27,6 +30,9 @@ from torchao.quantization import (
 )
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+from memory_meter import measure
 
 # Several blocks of each kind's scales.
 IN, OUT = 64, 48
@@ -235,6 +241,57 @@ def test_lean_steps_are_those_over_the_dequantised_weight(kind, bits, live_dense
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize(("kind", "stored"), [("nf4-nested", 0.52), ("int8", 1.02), ("torchao-int8", 1.02)])
+def test_bytes_per_weight_of_lean_training(kind, stored):
+    """What is there between two steps: the base in its bits, logits, states in 8 bits; and one layer's transients."""
+    size, count = 256, 8
+    layers = [quantise(nn.Linear(size, size, bias=False, dtype=torch.bfloat16), kind) for _ in range(count)]
+    circuit = CircuitModel(CircuitConfig(target_layers="all-linear", add_l0=False), nn.Sequential(*layers))
+    optimizer = MaskAdamW(circuit.mask_parameters(), lr=0.01, lean=True, state_bits=8)
+    x = seeded_normal((2, size), 3, torch.bfloat16)
+
+    def steps():
+        for _ in range(2):
+            (circuit(x).float().square().mean() + 1e-9 * circuit.l0()).backward()
+            optimizer.step(), optimizer.zero_grad()
+
+    usage, weights = measure(torch.device("cpu"), steps), count * size**2
+    tensors = [t for layer in layers for t in format_of(layer).stored(layer).values()]
+    tables = count * 2 * 1100 if kind == "nf4-nested" else 0  # of values, which do not grow with the weight
+    base = (sum(t.nbytes for t in tensors) - tables) / weights
+    assert base <= stored
+    assert usage.resident / weights <= 2.1
+    assert (usage.peak - usage.resident) / size**2 <= 15  # of one layer: dequantised in fp32, W, Wm, dWm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@every_kind
+def test_autocast_computes_as_over_the_dequantised_weight(kind, dtype):
+    if kind == "int8" and dtype == torch.bfloat16:
+        pytest.skip("has no dtype of its own: the weight is dequantised in that of the input")
+    found = []
+    for circuit in pair(kind, dtype):
+        layer = circuit.masked_layers["linear"]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(seeded_normal((5, IN), 3))
+        out.float().square().sum().backward()
+        found.append((out.float(), layer.mask_logits.grad))
+    assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
+
+
+@some_kinds
+def test_compiled_models_run_quantised_layers_between_their_graphs(kind):
+    quantised, _ = pair(kind)
+    x, found = seeded_normal((5, IN), 3), []
+    for run in (quantised, torch.compile(quantised, backend="aot_eager")):
+        out = run(x)
+        out.square().sum().backward()
+        found.append((out.detach(), quantised.masked_layers["linear"].mask_logits.grad))
+        quantised.zero_grad()
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+
+
 def test_a_plain_weight_is_seen_to_stay(live_dense):
     """The control of the test above."""
     circuit = CircuitModel(CircuitConfig(target_layers=["linear"]), Two(None))
@@ -373,7 +430,10 @@ def test_saved_circuits_load_on_the_same_quantised_base_only(kind, tmp_path):
     assert torch.equal(CircuitModel.from_pretrained(Two(kind), tmp_path)(x), want)
     with pytest.raises(ValueError, match="the weights of linear are not those"):
         CircuitModel.from_pretrained(Two(kind, seed=1), tmp_path)
-    with pytest.raises(ValueError, match=r"wrong base dtype: linear\.weight is float32, the masks were saved over (torchao|bitsandbytes) "):
+    with pytest.raises(
+        ValueError,
+        match=r"wrong base dtype: linear\.weight is float32, the masks were saved over (torchao|bitsandbytes) ",
+    ):
         CircuitModel.from_pretrained(Two(None), tmp_path)
     plain = CircuitModel.from_pretrained(Two(None), tmp_path, check_base=False)
     logits = [c.masked_layers["linear"].mask_logits for c in (plain, quantised)]
