@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__, quantised
+from . import __version__, quantised, quantised_base
 from .config import CircuitConfig
 from .density import check_state
 from .functional import check_temperature
@@ -57,11 +57,11 @@ def fingerprint(layer: Any) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of a layer's base weight and bias: what a mask was trained for."""
     kind = quantised.format_of(layer)
     if kind is not None:
-        return quantised.fingerprint_of(layer, kind)
+        return quantised_base.fingerprint_of(layer, kind)
     digest = hashlib.sha256()
     for param in (layer.weight, layer.bias):
         if param is not None:
-            quantised.hash_tensor(digest, param)
+            quantised_base.hash_tensor(digest, param)
     shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
@@ -74,7 +74,7 @@ def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and not name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            quantised.hash_tensor(digest, tensor)
+            quantised_base.hash_tensor(digest, tensor)
     return digest.hexdigest()
 
 
@@ -147,7 +147,7 @@ def load_circuit(
 def export_model(circuit: CircuitModel) -> nn.Module:
     """A copy of the base model without csmask, the hard mask written into its weights; see ``CircuitModel.export``."""
     circuit.check_logits()
-    were_quantised = quantised.weight_names(circuit.wrapped_model)
+    were_quantised = quantised_base.weight_names(circuit.wrapped_model)
     # Quantised weights, which give way to dense ones, are not copied.
     shared = [circuit.wrapped_model.get_parameter(name) for name in were_quantised]
     model: Any = copy.deepcopy(circuit.wrapped_model, {id(weight): weight for weight in shared})
@@ -168,9 +168,9 @@ def export_model(circuit: CircuitModel) -> nn.Module:
             model.config.tie_word_embeddings = False
             if layer.bias is not None and owners[id(layer.bias)] > 1:  # BERT ties the head's bias by the same switch
                 layer.bias = nn.Parameter(layer.bias.detach().clone())
-        write_hard_mask(layer, quantised.float_dtype(model, layer))
+        write_hard_mask(layer, quantised_base.float_dtype(model, layer))
     if were_quantised:
-        quantised.make_model_dense(model)
+        quantised_base.make_model_dense(model)
     for name, param in model.named_parameters():
         if name not in were_quantised:
             param.requires_grad_(circuit.base_requires_grad.get(name, True))
@@ -189,7 +189,7 @@ def write_hard_mask(layer: MaskedLayer, dtype: torch.dtype | None = None) -> nn.
     enable_fused_encoder_layer(layer)
     unmask_layer(layer)
     if dtype is not None and quantised.format_of(layer) is not None:
-        quantised.make_dense(layer, weight.to(dtype), bias if bias is None else bias.to(dtype))
+        quantised_base.make_dense(layer, weight.to(dtype), bias if bias is None else bias.to(dtype))
         return layer
     layer.weight = nn.Parameter(weight.contiguous())
     if masked_bias is not None:

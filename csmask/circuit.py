@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, quantised, state
+from . import checkpoint, quantised_base, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
@@ -89,7 +89,7 @@ class CircuitModel(nn.Module):
                 for param in base_parameters:
                     param.requires_grad_(False)
             disable_fused_encoder_layers(model)
-            quantised.hold_formats(model)
+            quantised_base.hold_formats(model)
             self._checkpointable = checkpointable_layers(model)
             self._set_ablation(config.mask_hparams["ablation"], 0)
             self.train()
@@ -579,7 +579,7 @@ class CircuitModel(nn.Module):
 
     def _restore_base(self, layers: Iterable[nn.Module]) -> None:
         swap_out(layers)
-        quantised.release_formats(self.wrapped_model)
+        quantised_base.release_formats(self.wrapped_model)
         enable_nested_tensors(self.wrapped_model)
         for name, param in self.wrapped_model.named_parameters(remove_duplicate=False):
             if name in self.base_requires_grad:

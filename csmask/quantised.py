@@ -9,16 +9,12 @@ is dense only while one of them runs.
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# Marks a Linear4bit that has been kept from repacking its weight.
-_REPACKS = "_repacks_without_masks"
 
 
 class QuantisedWeight:
@@ -259,9 +255,6 @@ def shape_of(layer: Any) -> torch.Size:
     return layer.weight.shape if kind is None else kind.shape(layer)
 
 
-# What a base is stored in
-
-
 def plain_tensors(tensor: Tensor) -> list[Tensor]:
     """The tensor itself, or those that a quantised one of torchao's consists of."""
     return [part for _, part in _flatten(tensor)] if is_torchao(type(tensor)) else [tensor]
@@ -275,67 +268,6 @@ def _flatten(tensor: Any, name: str = "weight") -> Iterator[tuple[str, Tensor]]:
         yield from _flatten(getattr(tensor, inner), f"{name}.{inner}")
 
 
-def is_stored_plainly(tensor: Tensor) -> bool:
-    """Whether a parameter or buffer is a plain tensor, or a quantised one that consists of plain tensors."""
-    name = (type(tensor).__module__.split(".")[0], type(tensor).__qualname__)
-    known = name in (("bitsandbytes", "Params4bit"), ("bitsandbytes", "Int8Params"))
-    return known or all(type(part) in (Tensor, nn.Parameter) for part in plain_tensors(tensor))
-
-
-def hash_tensor(digest: Any, tensor: Tensor) -> None:
-    """Add the bytes of a tensor, quantised or not, to a hash."""
-    for part in plain_tensors(tensor):
-        digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def fingerprint_of(layer: Any, kind: Format) -> dict[str, Any]:
-    """Shape, format and SHA-256 of all that a quantised layer's numbers depend on."""
-    digest = hashlib.sha256()
-    tensors = kind.stored(layer)
-    if layer.bias is not None:
-        tensors = {**tensors, "bias": layer.bias}
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        hash_tensor(digest, tensor)
-    return {"shape": list(kind.shape(layer)), "dtype": kind.name(layer), "sha256": digest.hexdigest()}
-
-
-def state_names(model: nn.Module) -> set[str]:
-    """Names in ``model.state_dict()`` of scales and the like, which are neither parameters nor buffers."""
-    found: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = format_of(module)
-        if isinstance(kind, (BitsAndBytes4, BitsAndBytes8)):
-            own: dict[str, Any] = {}
-            module._save_to_state_dict(own, f"{name}." if name else "", False)
-            prefix = f"{name}.weight"
-            found |= {n for n in own if n.startswith(f"{prefix}.") or n == f"{prefix}_format" or n.endswith(".SCB")}
-    return found
-
-
-# What libraries would do to a base that csmask holds
-
-
-def hold_formats(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights, which loses digits of their scales, at evaluations on a CPU."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        if isinstance(format_of(module), BitsAndBytes4) and getattr(module, "support_avx512bf16_for_cpu", False):
-            setattr(module, _REPACKS, module.support_avx512bf16_for_cpu)
-            module.support_avx512bf16_for_cpu = False
-
-
-def release_formats(model: nn.Module) -> None:
-    """Undo ``hold_formats``."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        if _REPACKS in vars(module):
-            module.support_avx512bf16_for_cpu = vars(module).pop(_REPACKS)
-
-
-# Export
-
-
 def _become_linear(layer: Any) -> None:
     plain = vars(nn.Linear(1, 1, device="meta"))
     for name in set(vars(layer)) - set(plain):
@@ -344,61 +276,3 @@ def _become_linear(layer: Any) -> None:
         if getattr(getattr(hook, "hook", hook), "__module__", "").startswith("bitsandbytes"):
             del layer._load_state_dict_pre_hooks[key]
     layer.__class__ = nn.Linear
-
-
-@torch.no_grad()
-def make_dense(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Make an unmasked quantised layer a plain one with this weight ``(out, in)`` and bias."""
-    kind = format_of(layer)
-    assert kind is not None
-    del layer.weight
-    layer.weight = nn.Parameter(weight)
-    layer.bias = None if bias is None else nn.Parameter(bias)
-    kind.become_dense(layer)
-
-
-def float_dtype(model: nn.Module, layer: Any) -> torch.dtype:
-    """The dtype that a layer of a model gets when it is made dense: the model's, by its first plain weight."""
-    kind = format_of(layer)
-    if kind is not None and not kind.casts:
-        return layer.weight.dtype
-    own = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
-    return next(own, torch.float32)
-
-
-def weight_names(model: nn.Module) -> set[str]:
-    """Names of the weights of a model that are quantised.
-
-    Raises:
-        NotImplementedError: one that cannot be dequantised.
-    """
-    found = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        kind = format_of(module)
-        if kind is not None:
-            refusal = kind.refusal(module)
-            if refusal is not None:
-                raise NotImplementedError(f"layer {name!r} cannot be made dense: {refusal}")
-            found.add(f"{name}.weight" if name else "weight")
-    return found
-
-
-def make_model_dense(model: nn.Module) -> None:
-    """Make the layers of a model that are still quantised plain ones, and have the model say so."""
-    modules: Iterable[Any] = model.modules()
-    for module in modules:
-        if format_of(module) is not None:
-            dtype = float_dtype(model, module)
-            bias = module.bias if module.bias is None else module.bias.to(dtype)
-            make_dense(module, weight_of(module, dtype).dense().to(dtype), bias)
-    _forget_quantisation(model)
-
-
-def _forget_quantisation(model: nn.Module) -> None:
-    """Take away what says to transformers that a model is quantised: none of its layers is any more."""
-    for module in model.modules():
-        quantiser = getattr(module, "hf_quantizer", None)
-        if quantiser is not None:
-            quantiser.remove_quantization_config(module)
-        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-            vars(module).pop(name, None)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import __version__, quantised
+from . import __version__, quantised, quantised_base
 from .checkpoint import BASE, FORMAT, FORMAT_VERSION, fingerprint, read_description, rest_fingerprint
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def frozen_names(circuit: CircuitModel) -> set[str]:
             frozen.add(BASE + name)
         seen.add(id(tensor))
     if circuit.circuit_config.freeze_base:
-        frozen |= {BASE + name for name in quantised.state_names(model)}
+        frozen |= {BASE + name for name in quantised_base.state_names(model)}
     return frozen
 
 
@@ -81,7 +81,7 @@ def base_fingerprint(circuit: CircuitModel) -> dict[str, Any] | None:
     model, layers = circuit.wrapped_model, circuit.masked_layers
     logits = {id(p) for p in circuit.mask_parameters()}
     tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in logits]
-    if any(t.is_meta or not quantised.is_stored_plainly(t) for t in tensors):
+    if any(t.is_meta or not quantised_base.is_stored_plainly(t) for t in tensors):
         return None
     if any(t.requires_grad for t in tensors):
         return None  # something beside the masks is trained: it is in the state

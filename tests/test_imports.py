@@ -28,7 +28,7 @@ LEVELS = [
     {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
     {"lean"},
     {"functional", "leaf_linear"},
-    {"masked_layer"},
+    {"masked_layer", "quantised_base"},
     {"layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
     {"surgery"},
     {"checkpoint"},

@@ -181,7 +181,6 @@ def live_dense():
         large = [t for t in tensors if t.is_floating_point() and t.numel() >= IN * OUT]
         return [(tuple(t.shape), t.dtype) for t in large if t.element_size() > 1]  # not what float8 is stored in
 
-    gc.collect()
     gc.freeze()  # out of sight, and of the time that looking takes
     yield look
     gc.unfreeze()
