@@ -93,7 +93,6 @@ class MaskedQuantisedLinear(MaskedLinear):
     def _can_pack(self) -> bool:
         return False
 
-    @torch.compiler.disable  # when to dequantise is none of a compiled graph's business
     def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
         (x,) = (*args, *named.values())  # torch.nn calls it ``input``, bitsandbytes ``x``
         kind = quantised.format_of(self)
@@ -198,7 +197,10 @@ def masked_class(cls: type, is_quantised: bool = False) -> type[MaskedLayer]:
         raise TypeError(f"{cls.__name__} cannot be masked")
     kind = MaskedQuantisedLinear if is_quantised else found[1]
     rebuild = _rebuild_quantised if is_quantised else _rebuild
-    own = {"_unmasked_class": cls, "_rebuild": staticmethod(rebuild), "__module__": __name__}
+    own: dict[str, Any] = {"_unmasked_class": cls, "_rebuild": staticmethod(rebuild), "__module__": __name__}
+    if issubclass(kind, MaskedQuantisedLinear):
+        # When to dequantise is none of a compiled graph's business. Not a decorator: that would load the compiler.
+        own["forward"] = torch.compiler.disable(kind.forward)
     return type(f"Masked{cls.__name__}", (kind, cls), own)
 
 
