@@ -152,6 +152,37 @@ def test_the_dequantised_weight_is_what_the_library_multiplies_with(kind):
     assert 0 < (weight - original).abs().max() <= step * original.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_layer_that_computes_in_another_dtype_than_its_input(kind):
+    """bitsandbytes casts input and bias to what it computes in, and its output back."""
+    layer = quantise(nn.Linear(IN, OUT, dtype=torch.bfloat16), kind)
+    if kind == "int8":
+        layer.bias.data = layer.bias.data.float()
+    weight = weight_of(layer, torch.bfloat16).dense()
+    circuit = CircuitModel(CircuitConfig(target_layers=["0"]), nn.Sequential(layer))
+    randomize_logits(circuit)
+    logits = layer.mask_logits.detach().clone().requires_grad_()
+    x = seeded_normal((5, IN), 3, torch.bfloat16 if kind == "int8" else torch.float32)
+    for train in (True, False):
+        circuit.train(train)
+        mask = torch.sigmoid(logits) if train else (logits > 0).float()
+        masked = (weight.float() * mask).bfloat16()
+        want = nn.functional.linear(x.bfloat16(), masked, layer.bias.bfloat16()).to(x.dtype)
+        got = circuit(x)
+        assert got.dtype == x.dtype
+        assert (got - want).abs().max() <= 0.01 * want.abs().max()
+        assert torch.equal(got, got.bfloat16().to(x.dtype))
+        if train:
+            got.sum().backward()
+            want.sum().backward()
+            error = (layer.mask_logits.grad - logits.grad).abs().max()
+            assert error <= 0.01 * logits.grad.abs().max()
+    circuit.set_ablate_mode("zero_ablate")
+    ablated = torch.where(logits > 0, torch.zeros_like(weight), weight)
+    want = nn.functional.linear(x.bfloat16(), ablated, layer.bias.bfloat16()).to(x.dtype)
+    assert torch.equal(circuit(x), want)
+
+
 @pytest.mark.parametrize("mode", sorted(ABLATION_MODES))
 @every_kind
 def test_ablations_are_those_of_the_dequantised_weight(kind, mode):
@@ -607,6 +638,20 @@ def test_saved_circuits_of_a_transformers_model(folder, name, tmp_path):
     next(iter(format_of(q_proj).stored(q_proj).values())).view(-1)[:4].zero_()
     with pytest.raises(ValueError, match="other weights of the model"):
         CircuitModel.from_pretrained(other, tmp_path)
+
+
+@every_config
+def test_export_makes_layers_without_masks_dense_too(folder, name):
+    batch = MODELS["llama"].batch(0)
+    circuit = CircuitModel(CircuitConfig(target_layers=["*.mlp.*_proj"]), load(folder, name))
+    randomize_logits(circuit)
+    want = circuit.eval()(**batch).logits
+    exported = circuit.export()
+    assert not [n for n, module in exported.named_modules() if format_of(module) is not None]
+    assert not hasattr(exported, "hf_quantizer")
+    assert [n for n, module in circuit.wrapped_model.named_modules() if format_of(module) is not None]
+    bound = 0.05 if name == "bitsandbytes-int8" else 1e-5  # whose layers without masks quantise their input
+    assert (exported(**batch).logits - want).abs().max() <= bound * want.abs().max()
 
 
 def test_checkpointed_layers_give_the_same_gradients(folder):
