@@ -126,8 +126,9 @@ class TorchAO(Format):
     def name(self, layer: Any) -> str:
         return f"torchao {type(layer.weight).__name__} {str(layer.weight.dtype).removeprefix('torch.')}"
 
-    def dtype(self, layer: Any, x_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002, as in nn.Linear it must be that
-        return layer.weight.dtype
+    def dtype(self, layer: Any, x_dtype: torch.dtype) -> torch.dtype:
+        # Some of torchao's tensors keep their dtype when a model is moved to another one, and take input of that.
+        return layer.weight.dtype if torch.is_autocast_enabled(layer.weight.device.type) else x_dtype
 
     def dequantiser(self, layer: Any) -> Callable[[], Tensor]:
         reader = self._reader(layer.weight)

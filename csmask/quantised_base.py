@@ -89,11 +89,10 @@ def make_dense(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 def float_dtype(model: nn.Module, layer: Any) -> torch.dtype:
     """The dtype that a layer of a model gets when it is made dense: the model's, by its first plain weight."""
-    kind = format_of(layer)
-    if kind is not None and not kind.casts:
-        return layer.weight.dtype
     own = (p.dtype for p in model.parameters() if type(p) is nn.Parameter and p.is_floating_point())
-    return next(own, torch.float32)
+    kind = format_of(layer)
+    computes = torch.float32 if kind is None else kind.dtype(layer, torch.float32)
+    return next(own, layer.weight.dtype if layer.weight.is_floating_point() else computes)
 
 
 def weight_names(model: nn.Module) -> set[str]:

@@ -309,6 +309,22 @@ def test_autocast_computes_as_over_the_dequantised_weight(kind, dtype):
     assert all(torch.equal(got, want) for got, want in zip(*found, strict=True))
 
 
+@every_kind
+def test_a_model_can_be_moved_to_another_dtype(kind):
+    quantised, plain = pair(kind)
+    x, found = seeded_normal((5, IN), 3, torch.bfloat16), []
+    for circuit in (quantised, plain):
+        circuit.to(torch.bfloat16)
+        layer, train = circuit.masked_layers["linear"], circuit(x)
+        train.float().square().sum().backward()
+        assert layer.mask_logits.dtype == torch.float32
+        found.append((train.float(), layer.mask_logits.grad, circuit.eval()(x).float()))
+        assert {p.dtype for p in circuit.export().parameters()} == {torch.bfloat16}
+        assert torch.equal(circuit.export()(x), circuit(x)) or kind[:3] in ("nf4", "fp4")  # which compute in fp32
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() <= 0.02 * want.abs().max()  # scales are rounded, or the product is not
+
+
 @some_kinds
 def test_compiled_models_run_quantised_layers_between_their_graphs(kind):
     quantised, _ = pair(kind)
