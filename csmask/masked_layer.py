@@ -15,6 +15,7 @@ from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
+from .quantised import dense
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
 _LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
@@ -73,6 +74,8 @@ class MaskedLayer(nn.Module):
 
     # Dimension of the weight that counts output units (neurons, filters).
     unit_dim = 0
+    # Whether per_step execution is for lean mode only: a masked weight that stays is larger than the base.
+    waits_lean_only = False
 
     _unmasked_class: type
     _rebuild: Callable[[type], MaskedLayer]
@@ -109,6 +112,10 @@ class MaskedLayer(nn.Module):
         """Whether no mask of this layer, weight or bias, is soft: what an ablation needs."""
         return self.hard and (self.bias_mask_logits is None or self.is_hard(self.bias_mask_logits))
 
+    def base_weight(self, dtype: torch.dtype | None = None) -> Any:  # noqa: ARG002, for layers whose weight is quantised
+        """The unmasked weight for input of a dtype: a tensor, or where it is quantised a ``QuantisedWeight``."""
+        return self.weight
+
     @property
     def circuit(self) -> Tensor:
         """Boolean ``S > 0``, shape of ``mask_logits``."""
@@ -123,14 +130,14 @@ class MaskedLayer(nn.Module):
         """Entries of the mask unit in the shape that broadcasts over the weight."""
         if self.mask_unit == "weight":
             return entries
-        shape = [1] * self.weight.dim()
+        shape = [1] * self.base_weight().dim()
         shape[self.unit_dim] = -1
         return entries.view(shape)
 
     @property
     def maskable(self) -> int:
         """Number of weights (and masked bias terms) that the mask decides about."""
-        return self.weight.numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
+        return self.base_weight().numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
 
     def kept(self) -> int:
         """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
@@ -144,7 +151,7 @@ class MaskedLayer(nn.Module):
         """int64 ``(kept, undecided)`` in one pass over the logits; only those of the bias with ``weights=False``."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
         if weights:
-            per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+            per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
             counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
         if self.bias_mask_logits is not None:
             counts = counts + self.ops.mask_sums(self.bias_mask_logits.detach(), self.temperature)[1]
@@ -152,7 +159,7 @@ class MaskedLayer(nn.Module):
 
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
-        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+        per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
         l0 = self.ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
         return l0 if self.bias_mask_logits is None else l0 + self.take_bias_l0()
 
@@ -193,7 +200,7 @@ class MaskedLayer(nn.Module):
         if self.leaf is not None and execution != "per_step":
             self.leaf.release()
         elif self.leaf is not None:
-            self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+            self.leaf.bind(self.base_weight(), self.mask_logits, self.temperature)
         self._execution = execution
 
     # per_step: the masked weight as a leaf of autograd, whose gradient waits for an optimizer of ``optim``
@@ -205,8 +212,9 @@ class MaskedLayer(nn.Module):
         if in_several_processes():
             return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
-        lie_alike = self.weight.stride() == self.mask_logits.stride()
-        fits = self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
+        weight = self.base_weight()
+        lie_alike = weight.stride() == self.mask_logits.stride()
+        fits = self.mask_unit == "weight" and not weight.requires_grad and not weight.is_meta
         return self._execution in ("auto", "per_step") and fits and lie_alike
 
     def wait_for_step(self, lean: bool = False) -> MaskedLeaf:
@@ -217,7 +225,7 @@ class MaskedLayer(nn.Module):
             self.leaf.group = None  # its optimizer has no more to do with it
             self.leaf = None
         if self.leaf is None:
-            self.leaf = kind(self.weight, self.mask_logits, self.temperature, self.mask_scale)
+            self.leaf = kind(self.base_weight(), self.mask_logits, self.temperature, self.mask_scale)
         self.execution = "per_step"
         return self.leaf
 
@@ -254,7 +262,8 @@ class MaskedLayer(nn.Module):
             return "per_forward"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
-        return cost.choose(self._rows(x), self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
+        weight = self.base_weight(x.dtype)
+        return cost.choose(self._rows(x), weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
@@ -263,7 +272,7 @@ class MaskedLayer(nn.Module):
     def mask_arguments(self, x: Tensor) -> dict[str, Any]:
         """What every masked operation takes besides its input and geometry."""
         arguments = {
-            "weight": self.weight,
+            "weight": self.base_weight(x.dtype),
             "mask_logits": self._broadcast(self._in_use(self.mask_logits)),
             "temperature": self.temperature,
             "hard": self.hard,
@@ -301,8 +310,9 @@ class MaskedLayer(nn.Module):
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:
-        leaf, weight = self.leaf, self.weight
+        leaf = self.leaf
         assert leaf is not None
+        weight = self._weight_for(leaf, x)
         if leaf.weight is not weight or leaf.temperature is not self.temperature:
             leaf.free()
             leaf.bind(weight, self.mask_logits, self.temperature)
@@ -324,6 +334,10 @@ class MaskedLayer(nn.Module):
         assert masked_weight is not None
         return self._leaf_forward(x, masked_weight, bias)
 
+    def _weight_for(self, leaf: MaskedLeaf, x: Tensor) -> Any:  # noqa: ARG002, for layers whose weight is quantised
+        """What a forward on ``x`` has the leaf bound to."""
+        return self.weight
+
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
         """``_plain_forward``; a layer may bring the masked weight's gradient to the leaf in its own way."""
         return self._plain_forward(x, masked_weight, bias)
@@ -331,9 +345,9 @@ class MaskedLayer(nn.Module):
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
         raise NotImplementedError
 
-    def hard_masked_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the hard mask: the numbers that evaluation uses."""
-        weight, bias = self.weight, self.bias
+    def hard_masked_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the hard mask: the numbers that evaluation uses on input of a dtype."""
+        weight, bias = dense(self.base_weight(dtype)), self.bias
         weight, _ = self.ops.materialize(weight, self.unit_logits, self.temperature, True, self.mask_scale)
         if bias is not None and self.bias_mask_logits is not None:
             bias, _ = self.ops.materialize(bias, self.bias_mask_logits, self.temperature, True, self.mask_scale)
@@ -349,15 +363,19 @@ class MaskedLayer(nn.Module):
                 f"ablation {self.ablation!r} needs hard masks, but the masks are in training: call .eval() first, "
                 "or set_ablate_mode('none')"
             )
-        weight, bias = self.ablated_parameters()
+        weight, bias = self.ablated_parameters(input.dtype)
         return self._plain_forward(input, weight, bias)
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def ablated_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes."""
-        weight = self._ablate(self.weight, self.circuit, "weight")
+    def ablated_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes.
+
+        Args:
+            dtype: of the input, which a quantised weight is dequantised for.
+        """
+        weight = self._ablate(dense(self.base_weight(dtype)), self.circuit, "weight")
         if self.bias is None or self.bias_mask_logits is None:
             return weight, self.bias
         return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
@@ -382,7 +400,7 @@ class MaskedLayer(nn.Module):
     @property
     def fan_in(self) -> int | None:
         """Inputs per output unit, for the initialisation's bound."""
-        return math.prod(self.weight.shape[1:])
+        return math.prod(self.base_weight().shape[1:])
 
     def check_complement(self, name: str) -> None:
         """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""
@@ -439,7 +457,7 @@ class MaskedLayer(nn.Module):
             return super()._apply(move, recurse)
         finally:
             if self.leaf is not None and self._execution == "per_step":
-                self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+                self.leaf.bind(self.base_weight(), self.mask_logits, self.temperature)
             if was_meta and not self.mask_logits.is_meta:
                 self.reset_masks()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import __version__
+from . import __version__, quantised, quantised_base
 from .checkpoint import BASE, FORMAT, FORMAT_VERSION, fingerprint, read_description, rest_fingerprint
 from .surgery import adapter_parameters
 
@@ -44,6 +44,8 @@ def frozen_names(circuit: CircuitModel) -> set[str]:
         if not is_state or id(tensor) in seen:
             frozen.add(BASE + name)
         seen.add(id(tensor))
+    if circuit.circuit_config.freeze_base:
+        frozen |= {BASE + name for name in quantised_base.state_names(model)}
     return frozen
 
 
@@ -90,12 +92,13 @@ def base_fingerprint(circuit: CircuitModel) -> dict[str, Any] | None:
     model, layers = circuit.wrapped_model, circuit.masked_layers
     logits = {id(p) for p in circuit.mask_parameters()}
     tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in logits]
-    if any(t.is_meta or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+    if any(t.is_meta or not quantised_base.is_stored_plainly(t) for t in tensors):
         return None
     if any(t.requires_grad for t in tensors):
         return None  # something beside the masks is trained: it is in the state
     temperatures = {id(layer.temperature) for layer in layers.values()}
-    key = tuple((t.data_ptr(), t._version) for t in tensors if id(t) not in temperatures)
+    plain = [part for t in tensors if id(t) not in temperatures for part in quantised.plain_tensors(t)]
+    key = tuple((t.data_ptr(), t._version) for t in plain)
     if circuit._fingerprint is None or circuit._fingerprint[0] != key:
         found = {
             "rest_sha256": rest_fingerprint(model, layers.values()),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Set
 import torch
 from torch import nn
 
+from . import quantised
 from .config import CircuitConfig
 from .forward_hooks import has_own_forward, is_offloaded, offloads_submodules
 from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, taken_attribute, unmask_layer
@@ -225,7 +226,10 @@ def unmaskable_reason(module: nn.Module, places: Places) -> tuple[type[Exception
         return ValueError, "it is masked already; unload() the circuit that it belongs to first"
     kind = type(module).__name__
     if maskable_type(type(module)) is None:
-        return TypeError, f"{kind} is not a Linear, Conv1d, Conv2d or GPT-2 Conv1D"
+        return (
+            TypeError,
+            f"{kind} is not a Linear, Conv1d, Conv2d, GPT-2 Conv1D or one quantised by torchao or bitsandbytes",
+        )
     if not keeps_forward(type(module)) or has_own_forward(module):
         return NotImplementedError, f"{kind} has a forward of its own, which would not use the mask"
     if id(module) in places.uncalled:
@@ -237,8 +241,14 @@ def unmaskable_reason(module: nn.Module, places: Places) -> tuple[type[Exception
         )
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy, parametrized or quantised)"
-    if weight.dtype not in _FLOATS:
+        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy or parametrized)"
+    storage = quantised.format_of(module)
+    refusal = None if storage is None else storage.refusal(module)
+    if refusal is not None:
+        return NotImplementedError, refusal
+    if storage is None and quantised.is_torchao(type(weight)):
+        return NotImplementedError, f"csmask masks quantised weights of linear layers only, not those of a {kind}"
+    if storage is None and weight.dtype not in _FLOATS:
         return TypeError, f"its weight has dtype {weight.dtype}, not float16, bfloat16, float32 or float64"
     taken = taken_attribute(module)
     if taken is not None:
