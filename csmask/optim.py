@@ -156,11 +156,14 @@ class MaskAdamW(_MaskOptimizer):
         if codes is not None and (bits == 32 or not _lies_like(codes, param)):
             first, second, scales = (state.pop(name) for name in _CODES)
             del state["code_betas"]
-            for name, average in zip(_AVERAGES, state_codes.decode(first, second, scales, unit()), strict=True):
+            averages = state_codes.decode(first, second, scales, param.detach(), unit())
+            for name, average in zip(_AVERAGES, averages, strict=True):
                 state[name] = torch.empty_like(param).copy_(average)
         if bits == 8 and "exp_avg" in state:
             first, second = (torch.empty_like(param).copy_(state.pop(name)) for name in _AVERAGES)
-            state.update(zip(_CODES, state_codes.encode(first, second, unit(), state["step"]), strict=True))
+            new = state_codes.encode(first, second, unit(), state["step"])
+            state.update(zip(_CODES, new.codes, strict=True))
+            state_codes.put_quarters(param.detach(), new.quarters)
         return state
 
     def _mask_step(
