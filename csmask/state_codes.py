@@ -3,7 +3,7 @@
 A code's steps are parted in four. The last four bits of a logit say which quarter of them is meant: bits 0 and 1 for
 ``exp_avg_sq``, 2 and 3 for ``exp_avg``, as two's complement, -2 to 1 quarters to be added to the code. The logit keeps
 20 bits of its 24, and its sign; it has no quarters where it is 0 or not finite. Whoever changes logits between two
-steps changes quarters, too, and with them the states by half a code's step at most.
+steps changes quarters, too, and with them the states by less than a code's step.
 
 ``exp_avg_sq`` has a small floating-point number ``c > 0`` times the block's scale, 0 where its code is 0:
 
@@ -201,7 +201,13 @@ def decode(
     return _like(averages, exp_avg_codes), _like(squares, exp_avg_sq_codes)
 
 
-def change_unit(exp_avg_codes: Tensor, before: Tensor, after: Tensor) -> None:
-    """Write the averages' codes in another unit, ``average_unit`` of other betas; 0 units leave them."""
+def change_unit(exp_avg_codes: Tensor, logits: Tensor, before: Tensor, after: Tensor) -> None:
+    """Write the averages' codes, and what the logits hold of them, in another unit: ``average_unit`` of other betas.
+
+    Units of 0 leave them.
+    """
     ratio = torch.where(after > 0, before / after, 1.0).to(exp_avg_codes.device)
-    exp_avg_codes.copy_((exp_avg_codes * ratio).round().clamp(-127, 127))
+    held = _words(logits) & QUARTERS
+    quarters = (_quarters(exp_avg_codes, held >> 2) * ratio).round().clamp(-510, 509).long()
+    exp_avg_codes.copy_(_code(quarters))
+    put_quarters(logits, (quarters & 3) << 2 | held & 3)

@@ -77,6 +77,45 @@ def test_zeros_stay_zeros_and_nothing_else_becomes_one():
     assert not any(bool(t.any()) for t in zero)
 
 
+def test_logits_hold_quarters_at_no_more_than_four_bits():
+    """And keep their sign and, with what is not finite, 0, at which a mask tells kept from pruned."""
+    numbers = testing.seeded_normal((1000,), 4)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-44, -1e-44])
+    logits, quarters = torch.cat([numbers, special]), torch.arange(1007) % 16
+    before = logits.clone()
+    state_codes.put_quarters(logits, quarters)
+    assert bool(((logits[:1000] - numbers).abs() <= numbers.abs() * 2.0**-19).all())
+    assert torch.equal(logits[:1000].view(torch.int32) & 15, quarters[:1000].int())
+    assert torch.equal(logits > 0, before > 0)
+    assert torch.equal(logits < 0, before < 0)
+    assert torch.equal(logits[1000:1005].view(torch.int32), before[1000:1005].view(torch.int32))
+
+
+def test_logits_that_somebody_changed_cost_less_than_a_step_of_the_codes():
+    average, square, unit = states((1000,), octaves=2.0)
+    average = average.clamp(-1.3 * unit * square.sqrt(), 1.3 * unit * square.sqrt())
+    codes = state_codes.encode(average, square, unit, scalar(50)).codes
+    for logits in (torch.full((1000,), 5.0), testing.seeded_normal((1000,), 4)):
+        got_average, got_square = state_codes.decode(*codes, logits, unit)
+        assert bool(((got_square - square).abs() < square / 16).all())
+        assert bool(((got_average / got_square.sqrt() - average / square.sqrt()).abs() < 2 * unit / 96).all())
+
+
+@pytest.mark.parametrize("special", [0.0, math.inf])
+def test_logits_that_can_hold_nothing_stay_as_they_are(request, monkeypatch, special):
+    """On every back end: a learning rate of 0 leaves 0 pruned, and what is infinite stays so."""
+
+    def call():
+        arguments = layers(shapes=((300,),), grads_only=True)
+        arguments[0][0].fill_(special)
+        ops.mask_adamw_(*arguments, [scalar(1)], None, scalar(0.0), *BETAS, 1e-8, 0.0, False)
+        assert bool(arguments[2][0].any())
+        return arguments[0][0]
+
+    for logits in back_ends(request, monkeypatch, call):
+        assert bool((logits == special).all())
+
+
 def layers(shapes=((16, 40), (7, 5, 3, 3), (257,), (0, 4)), dtype=torch.float32, grads_only=False):
     """Arguments of ``mask_adamw_`` but for its settings; with nothing but ``grad``, what is coded is exact."""
     count = len(shapes)
@@ -180,10 +219,10 @@ def test_small_changes_are_not_lost(gradients):
     """
     logits, second = follow(gradients)
     want, exact = follow(gradients, bits=32)
-    assert float(((second - exact) / exact).abs().max()) <= 0.15
-    assert float(((second - exact) / exact).mean().abs()) <= 0.01
-    assert float((logits - want).abs().max() / want.abs().max()) <= 0.04
-    assert float((logits - want).norm() / want.norm()) <= 0.0125
+    assert float(((second - exact) / exact).abs().max()) <= 0.05
+    assert float(((second - exact) / exact).mean().abs()) <= 0.004
+    assert float((logits - want).abs().max() / want.abs().max()) <= 0.014
+    assert float((logits - want).norm() / want.norm()) <= 0.0045
 
 
 @pytest.mark.parametrize("config", [
@@ -191,7 +230,7 @@ def test_small_changes_are_not_lost(gradients):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"weight_decay": 0.1}, {"maximize": True}], ids=str)
 def test_trajectory_beside_that_of_32_bits(config, options):
-    """Within 3 % of the logits after 60 annealed steps."""
+    """Within 0.6 % of the logits after 60 annealed steps, and on which side of 0 they are within one in a thousand."""
     found = []
     for bits in (32, 8):
         circuit = circuit_of(**config)
@@ -199,8 +238,8 @@ def test_trajectory_beside_that_of_32_bits(config, options):
         train(circuit, optimizer, 60, anneal=True, dtype=config.get("dtype", torch.float32))
         found.append(circuit)
     error, agreement = relative(found[1], found[0])
-    assert error <= 0.03, error
-    assert agreement >= 0.995, agreement
+    assert error <= 0.006, error
+    assert agreement >= 0.999, agreement
 
 
 def test_lean_steps_are_the_same():
@@ -369,7 +408,7 @@ def test_codes_follow_betas_that_change():
             optimizer.param_groups[0]["betas"] = (beta, 0.999)
             train(circuit, optimizer, steps=2)
         moved[bits] = torch.cat([(p - b).flatten() for p, b in zip(circuit.mask_parameters(), before, strict=True)])
-    assert float((moved[8] - moved[32]).norm() / moved[32].norm()) < 0.1
+    assert float((moved[8] - moved[32]).norm() / moved[32].norm()) < 0.02
 
 
 def test_another_second_beta_is_refused():
