@@ -3,7 +3,8 @@
 A code's steps are parted in four. The last four bits of a logit say which quarter of them is meant: bits 0 and 1 for
 ``exp_avg_sq``, 2 and 3 for ``exp_avg``, as two's complement, -2 to 1 quarters to be added to the code. The logit keeps
 20 bits of its 24, and its sign; it has no quarters where it is 0 or not finite. Whoever changes logits between two
-steps changes quarters, too, and with them the states by less than a code's step.
+steps changes quarters, too, and with them the states by less than a code's step; where that is done in every step,
+``exp_avg_sq`` stands still.
 
 ``exp_avg_sq`` has a small floating-point number ``c > 0`` times the block's scale, 0 where its code is 0:
 
@@ -156,14 +157,13 @@ def _decode_averages(quarters: Tensor, squares: Tensor, unit: Tensor) -> Tensor:
 
 
 class Encoded(NamedTuple):
-    """Codes of both states, int8 and uint8, and scales, fp32 ``(blocks,)``; what ``put_quarters`` takes, int64; and what
-    rounding took from ``exp_avg``, fp32."""
+    """What ``encode`` makes of two states; all but the scales of their shape and layout."""
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    scales: Tensor
-    quarters: Tensor
-    residue: Tensor
+    exp_avg: Tensor  # int8
+    exp_avg_sq: Tensor  # uint8
+    scales: Tensor  # fp32 (blocks,)
+    quarters: Tensor  # int64, what put_quarters takes
+    residue: Tensor  # fp32, what rounding took from exp_avg
 
     @property
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ namespace CSMASK_ISA {
 constexpr float kAverageUnits = 384.0f;
 constexpr float kLeastAverage = -510.0f;
 constexpr float kLargestAverage = 509.0f;
-constexpr uint32_t kQuarters = 15u;  // the bits of a logit that hold some
+constexpr uint32_t kQuarters = 15u;          // the bits of a logit that hold some
 constexpr uint32_t kInfinite = 0x7f800000u;  // from here on, the bits of what is no number
 
 // A code and what the logit holds of its quarters, and back.
@@ -104,9 +104,7 @@ static inline void encode_states(const StateCodes& states, int64_t begin, int64_
       const float root = __builtin_sqrtf(decode_square(quarters[i], scale));
       const float units = root > 0.0f ? average[i] * (inverse_unit / root) : 0.0f;
       const float at_most = units > kLargestAverage ? kLargestAverage : units;
-      const float bounded = at_most >= kLeastAverage  ? at_most
-                            : at_most < kLeastAverage ? kLeastAverage
-                                                      : 0.0f;       // NaN
+      const float bounded = at_most >= kLeastAverage ? at_most : at_most < kLeastAverage ? kLeastAverage : 0.0f;  // NaN
       const float rounded = (bounded + 0x1.8p+23f) - 0x1.8p+23f;  // to the nearest integer, ties to even
       const auto whole = static_cast<int32_t>(rounded);
       first[i] = static_cast<int8_t>(code_of(whole));

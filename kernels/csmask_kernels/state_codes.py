@@ -17,7 +17,8 @@ _ROUNDING = tl.constexpr(12582912.0)
 
 @triton.jit
 def decode_squares(codes, logits, scales):
-    """fp32 from uint8 codes and the fp32 logits that hold their quarters ``(BLOCK,)``; scales: ``(BLOCK // STATE_BLOCK,)``."""
+    """fp32 ``(BLOCK,)`` from uint8 codes and the fp32 logits that hold their quarters; scales: ``(BLOCK //
+    STATE_BLOCK,)``."""
     held = logits.to(tl.int32, bitcast=True) & 3
     return _of_quarters(tl.where(codes > 0, codes.to(tl.int32) * 4 + (held ^ 2) - 2, 0), scales)
 
@@ -52,8 +53,7 @@ def encode_squares(squares, offs, step):
 
 @triton.jit
 def decode_averages(codes, logits, squares, unit):
-    """fp32 from int8 codes and logits ``(BLOCK,)`` and the decoded squares; unit: ``average_unit`` of the step that made
-    them."""
+    """fp32 ``(BLOCK,)`` from int8 codes, logits and the decoded squares; unit: ``average_unit`` of the step before."""
     held = (logits.to(tl.int32, bitcast=True) >> 2) & 3
     quarters = codes.to(tl.int32) * 4 + (held ^ 2) - 2
     return quarters.to(tl.float32) * (unit / UNITS) * tl.sqrt(squares)
