@@ -32,6 +32,15 @@ def in_several_processes() -> bool:
     return distributed and torch.distributed.get_world_size() > 1
 
 
+def check_numbers(name: str, mask_logits: Tensor) -> None:
+    """Raise a ``ValueError`` that names the logits if they hold NaN; infinite ones are masks decided for good."""
+    if bool(torch.isnan(mask_logits.detach()).any()):
+        raise ValueError(
+            f"{name} holds NaN: the training diverged, or a batch held NaN; go back to a checkpoint, and lower the "
+            "learning rate or look at the batches"
+        )
+
+
 def check_execution(execution: str) -> str:
     """The execution, if this version has one of that name."""
     if execution not in EXECUTIONS:
@@ -58,6 +67,7 @@ class MaskedLayer(nn.Module):
         use_masks: False to use the plain dense weights.
         ablation, ablation_seed: the ablation mode of evaluation and the seed of its draws.
         execution: when the mask is computed; see ``CircuitConfig``.
+        layer_name, layer_index: for messages, and which random stream ablations draw from.
         accumulate_in_kernel: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
     """
 
@@ -75,6 +85,7 @@ class MaskedLayer(nn.Module):
     mask_scale: float
     accumulate_in_kernel: bool
     layer_index: int
+    layer_name: str
     masked_weight: MaskedWeight
     _execution: str
     l0_record: L0Record
@@ -237,13 +248,12 @@ class MaskedLayer(nn.Module):
         if self.execution not in ("auto", "per_step"):
             return self.execution
         device = self.weight.device
-        if self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
+        # While compiling, the number of rows is a symbol that a choice would pin to one value.
+        if torch.compiler.is_compiling() or self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
             return "per_forward"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
-        # While compiling, the number of rows is a symbol that a choice would pin to one value.
-        rows = None if torch.compiler.is_compiling() else self._rows(x)
-        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
+        return cost.choose(self._rows(x), self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
