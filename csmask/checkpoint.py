@@ -58,8 +58,7 @@ def fingerprint(layer: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for param in (layer.weight, layer.bias):
         if param is not None:
-            data = param.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().data)
+            digest.update(_bytes(param))
     shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
@@ -72,8 +71,17 @@ def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and not name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    if tensor.is_meta:
+        raise NotImplementedError(
+            "a saved circuit holds a fingerprint of its base, and parts of this base are on the meta device, offloaded "
+            "or without weights yet: load all of it first, or keep circuit.state_dict(), which goes without one then"
+        )
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:

@@ -240,6 +240,19 @@ class CircuitModel(nn.Module):
         """The mask logits: what an optimizer gets."""
         return [param for _, param in self.named_mask_parameters()]
 
+    def reset_masks(self) -> None:
+        """Masks as at the beginning: logits at ``mask_init_value``, without gradients; temperature 1; lambda anew.
+
+        A model that was masked on the meta device gets its masks by ``circuit.to_empty(device=...)``, as it gets its
+        weights' memory. Where the weights come by another way (``load_state_dict(assign=True)``, accelerate's
+        ``load_checkpoint_in_model``), call this afterwards: masks are made beside weights that are there. An optimizer
+        is to be made after that; one that there is keeps its states.
+        """
+        for layer in self.masked_layers.values():
+            layer.reset_masks()
+        if self.l0_control is not None:
+            self.l0_control.reset(self._first_layer.mask_logits.device)
+
     def use_masks(
         self,
         flag: bool | None = None,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional, reference
+from .forward_hooks import change_class
 from .leaf_linear import leaf_linear
 from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
 from .masked_weight import MaskedWeight
@@ -197,8 +198,9 @@ def mask_layer(
 
     mask_logits = logits(shapes["mask_logits"])
     bias_mask_logits = logits(shapes["bias_mask_logits"]) if "bias_mask_logits" in shapes else None
-    module.__class__ = masked
+    change_class(module, masked)
     module.mask_unit = mask_unit
+    module.mask_init_value = mask_init_value
     module.mask_scale = 1 + math.exp(-mask_init_value) if rescale else 1.0  # 1 / sigmoid(mask_init_value)
     module.masked_weight = MaskedWeight()
     module.leaf = None
@@ -227,11 +229,13 @@ def unmask_layer(module: Any) -> nn.Module:
     module._buffers.pop("temperature", None)
     for name in _OWN_ATTRIBUTES:
         vars(module).pop(name, None)
-    module.__class__ = module._unmasked_class
+    change_class(module, module._unmasked_class)
     return module
 
 
-_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "layer_name", "accumulate_in_kernel")
+_SETTINGS = (
+    "mask_unit", "mask_init_value", "mask_scale", "_execution", "layer_index", "layer_name", "accumulate_in_kernel"
+)  # fmt: skip
 _STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "l0_record", "leaf")
 _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 

@@ -82,6 +82,7 @@ class MaskedLayer(nn.Module):
     bias_mask_logits: nn.Parameter | None
     temperature: Tensor
     mask_unit: str
+    mask_init_value: float
     mask_scale: float
     accumulate_in_kernel: bool
     layer_index: int
@@ -393,8 +394,33 @@ class MaskedLayer(nn.Module):
         """Drop drawn masks and values."""
         self._ablation_cache: dict[str, tuple] = {}
 
+    @torch.no_grad()
+    def reset_masks(self) -> None:
+        """Logits, temperature and gradient as at the beginning; off the meta device once the weight is off it."""
+        leaves_meta = self.mask_logits.is_meta and not self.weight.is_meta
+        if leaves_meta and self.leaf is not None:
+            self.leaf.release()
+        for name in ("mask_logits", "bias_mask_logits"):
+            logits = self._parameters[name]
+            if logits is None:
+                continue
+            if leaves_meta:
+                empty = torch.empty_like(logits, device=self.weight.device)
+                self._parameters[name] = logits = nn.Parameter(empty, logits.requires_grad)
+            logits.grad = None
+            logits.fill_(self.mask_init_value)
+        if leaves_meta:
+            self.temperature = torch.empty_like(self.temperature, device=self.weight.device)
+        self.temperature.fill_(1.0)
+        if self.leaf is not None and self.waits:
+            self.leaf.prepare()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates."""
+        """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates.
+
+        ``to_empty()`` of a layer that is on the meta device gives its masks their first values: there were none.
+        """
+        was_meta = self.mask_logits.is_meta
         if self.leaf is not None:
             self.leaf.release()  # what waits goes along as any gradient does
         own = [self.mask_logits, self.bias_mask_logits, self.temperature]
@@ -414,6 +440,8 @@ class MaskedLayer(nn.Module):
         finally:
             if self.leaf is not None and self._execution == "per_step":
                 self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+            if was_meta and not self.mask_logits.is_meta:
+                self.reset_masks()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

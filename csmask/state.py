@@ -1,8 +1,9 @@
 """What ``CircuitModel.state_dict()`` holds: what is trained, and what it was trained over.
 
 A frozen base is in no training checkpoint. The state of a circuit is its mask logits, temperature, lambda's controller,
-any base parameters that are trained beside them, and as ``_extra_state`` the config with a fingerprint of the base, in
-JSON. Trainers of every kind therefore write small checkpoints, which ``CircuitModel.from_pretrained`` reads, too.
+PEFT's adapters, any base parameters that are trained beside them, and as ``_extra_state`` the config with a fingerprint
+of the base, in JSON. Trainers of every kind therefore write small checkpoints, which ``CircuitModel.from_pretrained``
+reads, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint import BASE, FORMAT, FORMAT_VERSION, fingerprint, read_description, rest_fingerprint
+from .surgery import adapter_parameters
 
 if TYPE_CHECKING:
     from .circuit import CircuitModel
@@ -28,14 +30,16 @@ def frozen_names(circuit: CircuitModel) -> set[str]:
         for layer in circuit.masked_layers.values()
         for tensor in (layer.mask_logits, layer.bias_mask_logits, layer.temperature)
         if tensor is not None
-    }
+    } | adapter_parameters(model)
     frozen: set[str] = set()
     seen: set[int] = set()
     tensors = [
         *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
     ]  # fmt: skip
     for name, tensor in tensors:
-        is_state = id(tensor) in own or tensor.requires_grad or not circuit.circuit_config.freeze_base
+        # In a base that is trained, what was frozen before it was masked is not: all that is not PEFT's, for one.
+        is_trained = not circuit.circuit_config.freeze_base and circuit.base_requires_grad.get(name, True)
+        is_state = id(tensor) in own or tensor.requires_grad or is_trained
         # Of a tied weight, and of a layer with two names, the first name stands for all.
         if not is_state or id(tensor) in seen:
             frozen.add(BASE + name)
