@@ -55,7 +55,7 @@ def step_calls(n: int, k: int, dtype: torch.dtype, device: torch.device, rate: f
 
     adamw, sgd = (0.9, 0.999, 1e-8, 0.0, False), (0.9, 0.0, 0.0, False, False)
     unit = state_codes.average_unit(adamw[:2], step)
-    codes = [state_codes.encode(*pair, unit, step) for pair in zip(*states, strict=True)]
+    codes = [state_codes.encode(*pair, unit, step).codes for pair in zip(*states, strict=True)]
     columns = [list(column) for column in zip(*codes, strict=True)]
     return {
         "mask_adamw_": (launcher("mask_adamw_", logits, *states, [], *step_of, *adamw), size * (3 * w + 24)),

@@ -115,7 +115,8 @@ def step_cases(op: str, dtype: torch.dtype, context: Context) -> Iterator[Check]
 
 
 def _codes(op: str, context: Context, dtype: torch.dtype) -> Check:
-    """The second state's codes and scales behind a first step, which betas of a half and plain gradients make exact."""
+    """The second state's codes, their quarters in the logits and scales behind a first step, which betas of a half and
+    plain gradients make exact."""
     launch, shapes = triton_kernel(op), _shapes(context)
     count, betas = len(shapes), (0.5, 0.5)
 
@@ -127,19 +128,17 @@ def _codes(op: str, context: Context, dtype: torch.dtype) -> Check:
         masked = [torch.empty_like(w) for w in columns["weight"]]
         rest = ([values["one"]] * count, None, values["lr"])
         launch(logits, *codes, masked, *waiting, *rest, *betas, EPS, 0.0, False)
-        return {
-            f"{name}{i}": t for name, row in zip(("codes", "scales"), codes[1:], strict=True) for i, t in enumerate(row)
-        }
+        return named([(c, s.view(torch.int32) & 3, k) for c, s, k in zip(codes[1], logits, codes[2], strict=True)])
 
     def expected(**values: Any) -> dict[str, Tensor]:
         unit = state_codes.average_unit(betas, values["one"])
-        found = [
-            state_codes.encode(0.5 * g, 0.5 * g.square(), unit, values["one"])[1:]
-            for g in _columns(values, count)["grad"]
-        ]
-        return {
-            f"{name}{i}": t for i, row in enumerate(found) for name, t in zip(("codes", "scales"), row, strict=True)
-        }
+        grads = _columns(values, count)["grad"]
+        found = [state_codes.encode(0.5 * g, 0.5 * g.square(), unit, values["one"]) for g in grads]
+        return named([(new.exp_avg_sq, new.quarters.int() & 3, new.scales) for new in found])
+
+    def named(rows: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
+        names = ("codes", "quarters", "scales")
+        return {f"{name}{i}": t for i, row in enumerate(rows) for name, t in zip(names, row, strict=True)}
 
     draw = Draw(context)
     inputs = {**_inputs(draw, shapes, dtype, ("grad",)), "one": draw.scalar(1.0)}

@@ -74,7 +74,7 @@ def mask_adamw_(
         if state_scales:
             codes = (average, square, state_scales[i])
             unit = state_codes.average_unit((beta1, beta2), steps[i] - 1)
-            average, square = (t.to(logits.dtype) for t in state_codes.decode(*codes, unit))
+            average, square = (t.to(logits.dtype) for t in state_codes.decode(*codes, logits, unit))
         logits.mul_(1 - rate * weight_decay)
         average.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -83,11 +83,12 @@ def mask_adamw_(
         if state_scales:
             unit = state_codes.average_unit((beta1, beta2), steps[i])
             new = state_codes.encode(average, square, unit, steps[i])
-            residue = average - state_codes.decode(*new, unit)[0]
-            average = average + residue * state_codes.residue_factor(beta1, steps[i]).to(logits)
-            for old, value in zip(codes, new, strict=True):
+            average = average + new.residue * state_codes.residue_factor(beta1, steps[i]).to(logits)
+            for old, value in zip(codes, new.codes, strict=True):
                 old.copy_(value)
         logits.sub_(rate / correction1 * average / denominator)
+        if state_scales:
+            state_codes.put_quarters(logits, new.quarters)
 
     return _mask_step(
         mask_logits, masked_weights, dmasked_weights, weights, grads, temperatures, dl0s, scales, factor, maximize,

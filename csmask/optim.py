@@ -68,8 +68,9 @@ class MaskAdamW(_MaskOptimizer):
             several processes. Gradients cannot be cleared before ``step()``, nor looked at unless ``max_grad_norm`` is
             given (infinity not to clip): then whoever looks finds none.
         state_bits: 8 keeps the states of layers in ``per_step`` execution in 8 bits (``state_codes``): 2.02 bytes per
-            weight instead of 8, and nearly the same circuit; those of other parameters stay as they are. States of
-            either kind load into an optimizer of the other and are converted at its next step.
+            weight instead of 8, and the same circuit but for a few weights in ten thousand; those of other parameters
+            stay as they are. The last four bits of these layers' logits belong to the states. States of either kind
+            load, with the logits of their step, into an optimizer of the other and are converted at its next step.
 
     Raises:
         ValueError: a setting out of its range.
@@ -153,16 +154,20 @@ class MaskAdamW(_MaskOptimizer):
                     f"{group['betas'][1]}: set it back, or train with state_bits=32"
                 )
             if before != tuple(group["betas"]):
-                state_codes.change_unit(codes, state_codes.average_unit(before, state["step"]), unit())
+                old_unit = state_codes.average_unit(before, state["step"])
+                state_codes.change_unit(codes, param.detach(), old_unit, unit())
                 state["code_betas"] = tuple(group["betas"])
         if codes is not None and (bits == 32 or not _lies_like(codes, param)):
             first, second, scales = (state.pop(name) for name in _CODES)
             del state["code_betas"]
-            for name, average in zip(_AVERAGES, state_codes.decode(first, second, scales, unit()), strict=True):
+            averages = state_codes.decode(first, second, scales, param.detach(), unit())
+            for name, average in zip(_AVERAGES, averages, strict=True):
                 state[name] = torch.empty_like(param).copy_(average)
         if bits == 8 and "exp_avg" in state:
             first, second = (torch.empty_like(param).copy_(state.pop(name)) for name in _AVERAGES)
-            state.update(zip(_CODES, state_codes.encode(first, second, unit(), state["step"]), strict=True))
+            new = state_codes.encode(first, second, unit(), state["step"])
+            state.update(zip(_CODES, new.codes, strict=True))
+            state_codes.put_quarters(param.detach(), new.quarters)
         return state
 
     def _mask_step(

@@ -1,9 +1,15 @@
 """AdamW's states in 8 bits, as ``MaskAdamW(state_bits=8)`` keeps them: two codes per weight, one scale per 256 weights.
 
-``exp_avg_sq`` has a small floating-point number ``c > 0`` times the block's scale, 0 where it is 0:
+A code's steps are parted in four. The last four bits of a logit say which quarter of them is meant: bits 0 and 1 for
+``exp_avg_sq``, 2 and 3 for ``exp_avg``, as two's complement, -2 to 1 quarters to be added to the code. The logit keeps
+20 bits of its 24, and its sign; it has no quarters where it is 0 or not finite. Whoever changes logits between two
+steps changes quarters, too, and with them the states by less than a code's step; where that is done in every step,
+``exp_avg_sq`` stands still.
 
-    c >= 64    (1 + c % 16 / 16) * 2**(c // 16 - 15)    12 octaves in steps of a 16th to a 32nd
-    c < 64     (1 + c % 4 / 4) * 2**(c // 4 - 27)       16 octaves in steps of a 4th to an 8th
+``exp_avg_sq`` has a small floating-point number ``c > 0`` times the block's scale, 0 where its code is 0:
+
+    c >= 64    (1 + c % 16 / 16) * 2**(c // 16 - 15)    12 octaves in quarters of a 16th to a 32nd
+    c < 64     (1 + c % 4 / 4) * 2**(c // 4 - 27)       16 octaves in quarters of a 4th to an 8th
 
 Where a gradient stays below a ten-thousandth of the largest in its block, its square has no code so small, and its
 logit moves too slowly.
@@ -15,8 +21,8 @@ from a hash of the weight on: errors of successive steps cancel, where those of 
 0 never becomes 0, since the step divides by it.
 
 ``exp_avg`` is kept as what the step makes of it, ``exp_avg / (1 - beta1**t) / sqrt(exp_avg_sq / (1 - beta2**t))`` with
-the coded ``exp_avg_sq``, in 96ths, within +-127 of them; it is about 1 where all gradients are alike. What rounding
-takes from it goes to the logits at once: the step adds
+the coded ``exp_avg_sq``, in quarters of a 96th, within +-127 of these; it is about 1 where all gradients are alike.
+What rounding takes from it goes to the logits at once: the step adds
 
     (exp_avg - coded exp_avg) * beta1 / (1 - beta1) / (1 - beta1**t * beta1 / (1 + beta1))
 
@@ -29,15 +35,18 @@ The kernels of ``mask_step`` have the same formulas.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
-UNITS = 96.0  # codes of exp_avg between 0 and 1
+UNITS = 384.0  # quarters of codes of exp_avg between 0 and 1
+QUARTERS = 15  # the bits of a logit that hold some
 _INFINITE = (
     0x7F800000  # from here on, the bits of what is no number; its code is the largest, its scale its neighbours'
 )
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def blocks_of(numel: int) -> int:
@@ -101,8 +110,27 @@ def _dither(numel: int, step: Tensor, device: torch.device) -> Tensor:
     return (word & 0xFFFFFFFF) >> 16
 
 
+def _words(logits: Tensor) -> Tensor:
+    return logits.view(_INTEGERS[logits.dtype.itemsize])
+
+
+def _code(quarters: Tensor) -> Tensor:
+    return quarters + 2 >> 2
+
+
+def _quarters(codes: Tensor, held: Tensor) -> Tensor:
+    """Of codes and the last two bits of their quarters, which logits hold."""
+    return 4 * codes.to(torch.int64) + (held & 3 ^ 2) - 2
+
+
+def put_quarters(logits: Tensor, quarters: Tensor) -> None:
+    """Write what ``encode`` leaves for the logits into their last bits, but of those that are 0 or not finite."""
+    words = _words(logits)
+    words.copy_(torch.where((logits != 0) & logits.isfinite(), words & ~QUARTERS | quarters, words))
+
+
 def _encode_squares(squares: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, uint8 of the squares' size, and scales; squares: fp32, one dimension."""
+    """Quarters of codes, int64 of the squares' size, and scales; squares: fp32, one dimension."""
     blocks = torch.zeros(blocks_of(squares.numel()) * BLOCK, device=squares.device)
     blocks[: squares.numel()] = squares
     largest = _bits(blocks).view(-1, BLOCK)
@@ -112,42 +140,74 @@ def _encode_squares(squares: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
     exponents = exponents.clamp(28, 254)
     exponent = _per_weight(exponents, squares.numel())
     bits, dither = _bits(squares), _dither(squares.numel(), step, squares.device)
-    fine = (bits + (dither << 3) >> 19) - 16 * exponent + 240
-    coarse = (bits + (dither << 5) >> 21) - 4 * exponent + 108
-    codes = torch.where(bits >= exponent - 11 << 23, fine, coarse.clamp(min=1)) * (bits > 0)
+    fine = (bits + (dither << 1) >> 17) - 64 * exponent + 960
+    coarse = ((bits + (dither << 3) >> 19) - 16 * exponent + 432).clamp(min=2)
+    quarters = torch.where(bits >= exponent - 11 << 23, fine, coarse) * (bits != 0)
     is_finite = (bits >= 0) & (bits < _INFINITE)
-    return torch.where(is_finite, codes, 255).clamp(max=255).to(torch.uint8), _float(exponents << 23)
+    return torch.where(is_finite, quarters, 1021).clamp(max=1021), _float(exponents << 23)
 
 
-def _decode_squares(codes: Tensor, scales: Tensor) -> Tensor:
-    words = codes.to(torch.int64)
-    values = _float(torch.where(words >= 64, words + 1792 << 19, words + 400 << 21))
-    return torch.where(words > 0, values * _per_weight(scales, words.numel()), 0.0)
+def _decode_squares(quarters: Tensor, scales: Tensor) -> Tensor:
+    values = _float(torch.where(quarters >= 256, quarters + 7168 << 17, quarters + 1600 << 19))
+    return torch.where(quarters > 0, values * _per_weight(scales, quarters.numel()), 0.0)
 
 
-def encode(exp_avg: Tensor, exp_avg_sq: Tensor, unit: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of both states, int8 and uint8 laid out as they are, and scales, fp32 ``(blocks,)``.
+def _decode_averages(quarters: Tensor, squares: Tensor, unit: Tensor) -> Tensor:
+    return quarters * (unit / UNITS) * squares.sqrt()
+
+
+class Encoded(NamedTuple):
+    """What ``encode`` makes of two states; all but the scales of their shape and layout."""
+
+    exp_avg: Tensor  # int8
+    exp_avg_sq: Tensor  # uint8
+    scales: Tensor  # fp32 (blocks,)
+    quarters: Tensor  # int64, what put_quarters takes
+    residue: Tensor  # fp32, what rounding took from exp_avg
+
+    @property
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What is kept beside the logits."""
+        return self.exp_avg, self.exp_avg_sq, self.scales
+
+
+def encode(exp_avg: Tensor, exp_avg_sq: Tensor, unit: Tensor, step: Tensor) -> Encoded:
+    """Code both states, of one shape and layout without gaps, which the codes have, too; computed with in fp32.
 
     Args:
-        exp_avg, exp_avg_sq: of one shape and layout, without gaps; computed with in fp32.
         unit: ``average_unit`` of the step that made them.
         step: its number, which decides how they are rounded.
     """
-    squares, scales = _encode_squares(_in_memory_order(exp_avg_sq).float(), step)
-    roots = _decode_squares(squares, scales).sqrt()
+    average = _in_memory_order(exp_avg).float()
+    second, scales = _encode_squares(_in_memory_order(exp_avg_sq).float(), step)
+    squares = _decode_squares(second, scales)
+    roots = squares.sqrt()
     inverse = torch.where(roots > 0, (UNITS / unit) / roots, 0.0)
-    averages = (_in_memory_order(exp_avg).float() * inverse).round().nan_to_num(0.0).clamp(-127, 127).to(torch.int8)
-    return _like(averages, exp_avg), _like(squares, exp_avg_sq), scales
+    first = (average * inverse).round().nan_to_num(0.0).clamp(-510, 509).long()
+    residue = average - _decode_averages(first, squares, unit)
+    held = (first & 3) << 2 | second & 3
+    codes = _like(_code(first).to(torch.int8), exp_avg), _like(_code(second).to(torch.uint8), exp_avg_sq)
+    return Encoded(*codes, scales, _like(held, exp_avg), _like(residue, exp_avg))
 
 
-def decode(exp_avg_codes: Tensor, exp_avg_sq_codes: Tensor, scales: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-    """Both states in fp32, laid out as their codes are."""
-    squares = _decode_squares(_in_memory_order(exp_avg_sq_codes), scales)
-    averages = _in_memory_order(exp_avg_codes) * (unit / UNITS) * squares.sqrt()
+def decode(
+    exp_avg_codes: Tensor, exp_avg_sq_codes: Tensor, scales: Tensor, logits: Tensor, unit: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both states in fp32, laid out as their codes are; logits: those of the step that made them."""
+    held = _in_memory_order(torch.empty_like(exp_avg_codes, dtype=torch.int64).copy_(_words(logits) & QUARTERS))
+    codes = _in_memory_order(exp_avg_sq_codes)
+    squares = _decode_squares(torch.where(codes > 0, _quarters(codes, held), 0), scales)
+    averages = _decode_averages(_quarters(_in_memory_order(exp_avg_codes), held >> 2), squares, unit)
     return _like(averages, exp_avg_codes), _like(squares, exp_avg_sq_codes)
 
 
-def change_unit(exp_avg_codes: Tensor, before: Tensor, after: Tensor) -> None:
-    """Write the averages' codes in another unit, ``average_unit`` of other betas; 0 units leave them."""
+def change_unit(exp_avg_codes: Tensor, logits: Tensor, before: Tensor, after: Tensor) -> None:
+    """Write the averages' codes, and what the logits hold of them, in another unit: ``average_unit`` of other betas.
+
+    Units of 0 leave them.
+    """
     ratio = torch.where(after > 0, before / after, 1.0).to(exp_avg_codes.device)
-    exp_avg_codes.copy_((exp_avg_codes * ratio).round().clamp(-127, 127))
+    held = _words(logits) & QUARTERS
+    quarters = (_quarters(exp_avg_codes, held >> 2) * ratio).round().clamp(-510, 509).long()
+    exp_avg_codes.copy_(_code(quarters))
+    put_quarters(logits, (quarters & 3) << 2 | held & 3)

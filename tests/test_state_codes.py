@@ -30,20 +30,23 @@ def states(shape, step=50, octaves=10.0):
 
 
 def round_trip(average, square, unit, step=50):
-    return state_codes.decode(*state_codes.encode(average, square, unit, scalar(step)), unit)
+    new = state_codes.encode(average, square, unit, scalar(step))
+    logits = torch.ones_like(average)
+    state_codes.put_quarters(logits, new.quarters)
+    return state_codes.decode(*new.codes, logits, unit)
 
 
 @pytest.mark.parametrize("shape", [(1,), (255,), (256,), (257,), (7, 5, 3, 3), (0, 4)])
 def test_what_a_code_keeps(shape):
-    """Squares to a 16th within 12 octaves of their block's largest, a quarter within 27; averages to half a 96th."""
-    average, square, unit = states(shape, octaves=13.0)
+    """Squares to a 64th within 10 octaves of their block's largest, a 16th within 26; averages to half a 384th."""
+    average, square, unit = states(shape, octaves=12.0)
     average = average.clamp(-1.3 * unit * square.sqrt(), 1.3 * unit * square.sqrt())
     got_average, got_square = round_trip(average, square, unit)
     error = (got_square - square).abs() / square
     flat = square.flatten()
     largest = torch.cat([b.max().expand(len(b)) for b in flat.split(256) if len(b)] or [flat]).view(shape)
-    assert bool((error <= torch.where(square > largest * 2.0**-11, 1 / 16, 1 / 4)).all())
-    assert bool(((got_average - average).abs() <= 0.5001 / 96 * unit * got_square.sqrt()).all())
+    assert bool((error <= torch.where(square > largest * 2.0**-10, 1 / 64, 1 / 16)).all())
+    assert bool(((got_average - average).abs() <= 0.5001 / 384 * unit * got_square.sqrt()).all())
 
 
 def test_what_does_not_change_keeps_its_value():
@@ -62,7 +65,7 @@ def test_rounding_is_right_on_average_and_evenly_so():
     """Over 100 steps the mean is within a tenth of a code's step; of random rounding it would be within a fifth."""
     _, square, unit = states((2048,), octaves=5.0)
     mean = torch.stack([round_trip(square, square, unit, step)[1] for step in range(100)]).double().mean(0)
-    assert float(((mean - square) / square).abs().max()) < 1 / 16 / 10
+    assert float(((mean - square) / square).abs().max()) < 1 / 64 / 10
 
 
 def test_zeros_stay_zeros_and_nothing_else_becomes_one():
@@ -72,6 +75,45 @@ def test_zeros_stay_zeros_and_nothing_else_becomes_one():
     assert torch.equal(got == 0, square == 0)
     zero = round_trip(torch.zeros(300), torch.zeros(300), unit)
     assert not any(bool(t.any()) for t in zero)
+
+
+def test_logits_hold_quarters_at_no_more_than_four_bits():
+    """And keep their sign and, with what is not finite, 0, at which a mask tells kept from pruned."""
+    numbers = testing.seeded_normal((1000,), 4)
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-44, -1e-44])
+    logits, quarters = torch.cat([numbers, special]), torch.arange(1007) % 16
+    before = logits.clone()
+    state_codes.put_quarters(logits, quarters)
+    assert bool(((logits[:1000] - numbers).abs() <= numbers.abs() * 2.0**-19).all())
+    assert torch.equal(logits[:1000].view(torch.int32) & 15, quarters[:1000].int())
+    assert torch.equal(logits > 0, before > 0)
+    assert torch.equal(logits < 0, before < 0)
+    assert torch.equal(logits[1000:1005].view(torch.int32), before[1000:1005].view(torch.int32))
+
+
+def test_logits_that_somebody_changed_cost_less_than_a_step_of_the_codes():
+    average, square, unit = states((1000,), octaves=2.0)
+    average = average.clamp(-1.3 * unit * square.sqrt(), 1.3 * unit * square.sqrt())
+    codes = state_codes.encode(average, square, unit, scalar(50)).codes
+    for logits in (torch.full((1000,), 5.0), testing.seeded_normal((1000,), 4)):
+        got_average, got_square = state_codes.decode(*codes, logits, unit)
+        assert bool(((got_square - square).abs() < square / 16).all())
+        assert bool(((got_average / got_square.sqrt() - average / square.sqrt()).abs() < 2 * unit / 96).all())
+
+
+@pytest.mark.parametrize("special", [0.0, math.inf])
+def test_logits_that_can_hold_nothing_stay_as_they_are(request, monkeypatch, special):
+    """On every back end: a learning rate of 0 leaves 0 pruned, and what is infinite stays so."""
+
+    def call():
+        arguments = layers(shapes=((300,),), grads_only=True)
+        arguments[0][0].fill_(special)
+        ops.mask_adamw_(*arguments, [scalar(1)], None, scalar(0.0), *BETAS, 1e-8, 0.0, False)
+        assert bool(arguments[2][0].any())
+        return arguments[0][0]
+
+    for logits in back_ends(request, monkeypatch, call):
+        assert bool((logits == special).all())
 
 
 def layers(shapes=((16, 40), (7, 5, 3, 3), (257,), (0, 4)), dtype=torch.float32, grads_only=False):
@@ -139,8 +181,9 @@ def test_equal_states_have_equal_codes_everywhere(request, monkeypatch):
     grad = arguments[7][0]
     unit = state_codes.average_unit((0.5, 0.5), scalar(1))
     exact = state_codes.encode(grad * 0.5, grad.square() * 0.5, unit, scalar(1))
-    assert torch.equal(want[2][0], exact[1])
-    assert torch.equal(want[1][0], exact[0])
+    assert torch.equal(want[2][0], exact.exp_avg_sq)
+    assert torch.equal(want[1][0], exact.exp_avg)
+    assert torch.equal(want[0][0].view(torch.int32) & state_codes.QUARTERS, exact.quarters)
 
 
 def relative(got, want):
@@ -161,7 +204,7 @@ def follow(gradients, lr=0.01, bits=8):
                         [None], [1.0], [scalar(step)], None, scalar(lr), *BETAS, 1e-8, 0.0, False)  # fmt: skip
     if bits == 8:
         unit = state_codes.average_unit(BETAS, scalar(len(gradients)))
-        second = [state_codes.decode(first[0], second[0], scales[0], unit)[1]]
+        second = [state_codes.decode(first[0], second[0], scales[0], logits, unit)[1]]
     return logits, second[0]
 
 
@@ -171,15 +214,15 @@ def follow(gradients, lr=0.01, bits=8):
 def test_small_changes_are_not_lost(gradients):
     """A step changes the second state by less than its rounding takes; all the same it follows, and so do the logits.
 
-    Rounded to the nearest it is 57 to 90 % off and the logits 44 to 134 %; without the residues of the first state the
-    logits are 0.8 to 4.4 % off.
+    Rounded to the nearest it is 23 to 75 % off and the logits 5 to 32 %; without the residues of the first state the
+    logits are 0.3 to 2.7 % off.
     """
     logits, second = follow(gradients)
     want, exact = follow(gradients, bits=32)
-    assert float(((second - exact) / exact).abs().max()) <= 0.15
-    assert float(((second - exact) / exact).mean().abs()) <= 0.01
-    assert float((logits - want).abs().max() / want.abs().max()) <= 0.04
-    assert float((logits - want).norm() / want.norm()) <= 0.0125
+    assert float(((second - exact) / exact).abs().max()) <= 0.05
+    assert float(((second - exact) / exact).mean().abs()) <= 0.004
+    assert float((logits - want).abs().max() / want.abs().max()) <= 0.014
+    assert float((logits - want).norm() / want.norm()) <= 0.0045
 
 
 @pytest.mark.parametrize("config", [
@@ -187,7 +230,7 @@ def test_small_changes_are_not_lost(gradients):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.01}, {"weight_decay": 0.1}, {"maximize": True}], ids=str)
 def test_trajectory_beside_that_of_32_bits(config, options):
-    """Within 3 % of the logits after 60 annealed steps."""
+    """Within 0.6 % of the logits after 60 annealed steps, and on which side of 0 they are within one in a thousand."""
     found = []
     for bits in (32, 8):
         circuit = circuit_of(**config)
@@ -195,8 +238,8 @@ def test_trajectory_beside_that_of_32_bits(config, options):
         train(circuit, optimizer, 60, anneal=True, dtype=config.get("dtype", torch.float32))
         found.append(circuit)
     error, agreement = relative(found[1], found[0])
-    assert error <= 0.03, error
-    assert agreement >= 0.995, agreement
+    assert error <= 0.006, error
+    assert agreement >= 0.999, agreement
 
 
 def test_lean_steps_are_the_same():
@@ -299,12 +342,13 @@ def test_codes_of_another_layout_are_laid_anew():
     circuit = small()
     optimizer = MaskAdamW(circuit.mask_parameters(), state_bits=8)
     param = torch.nn.Parameter(logits.to(memory_format=torch.channels_last))
-    codes = state_codes.encode(average, square, unit, scalar(50))
-    optimizer.state[param] = {"step": scalar(50), **dict(zip(CODES, codes, strict=True))}
+    new = state_codes.encode(average, square, unit, scalar(50))
+    state_codes.put_quarters(param.detach(), new.quarters)
+    optimizer.state[param] = {"step": scalar(50), **dict(zip(CODES, new.codes, strict=True))}
+    want = state_codes.decode(*new.codes, param.detach(), unit)
     state = optimizer._state_of(optimizer.param_groups[0], param, 8)
     assert state["exp_avg_codes"].stride() == param.stride()
-    want = state_codes.decode(*codes, unit)
-    got = state_codes.decode(*(state[name] for name in CODES), unit)
+    got = state_codes.decode(*(state[name] for name in CODES), param.detach(), unit)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.02)
 
@@ -346,7 +390,7 @@ def test_a_gradient_that_is_no_number_spoils_no_neighbour(request, monkeypatch, 
         for arguments in (once, later):
             assert bool(arguments[0][0][others].isfinite().all())
             averages, squares = state_codes.decode(
-                *(arguments[k][0] for k in (1, 2, 3)), state_codes.average_unit(BETAS, scalar(3))
+                *(arguments[k][0] for k in (1, 2, 3, 0)), state_codes.average_unit(BETAS, scalar(3))
             )
             assert bool(averages.isfinite().all())
             assert bool(squares.isfinite().all())
@@ -364,7 +408,7 @@ def test_codes_follow_betas_that_change():
             optimizer.param_groups[0]["betas"] = (beta, 0.999)
             train(circuit, optimizer, steps=2)
         moved[bits] = torch.cat([(p - b).flatten() for p, b in zip(circuit.mask_parameters(), before, strict=True)])
-    assert float((moved[8] - moved[32]).norm() / moved[32].norm()) < 0.1
+    assert float((moved[8] - moved[32]).norm() / moved[32].norm()) < 0.02
 
 
 def test_another_second_beta_is_refused():

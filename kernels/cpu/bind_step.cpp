@@ -220,7 +220,7 @@ with decoupled weight decay; then masked_weight = round(weight * scale * sigmoid
 
 One shape, any strides. mask_logits, exp_avg, exp_avg_sq, grad: float32; weight, masked_weight, dmasked_weight: float32,
 bfloat16 or float16. With state_scales, float32 (ceil(elements / 256),), exp_avg and exp_avg_sq are int8 and uint8 codes
-in the order of mask_logits: see csmask/state_codes.py. None: states in float32, a gradient of zeros, a masked_weight that is not wanted. step: 1 for the first.
+in the order of mask_logits, whose last four bits belong to them: see csmask/state_codes.py. None: states in float32, a gradient of zeros, a masked_weight that is not wanted. step: 1 for the first.
 Raises TypeError for a wrong dtype or device; ValueError for shapes that differ, or memory that is shared with a result.)");
   module.def("mask_sgd", &mask_sgd, "mask_logits"_a.noconvert(), "momentum_buffer"_a.noconvert().none(),
              "masked_weight"_a.noconvert().none(), "dmasked_weight"_a.noconvert().none(), "weight"_a.noconvert(),

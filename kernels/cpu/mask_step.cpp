@@ -27,6 +27,7 @@ struct Buffers {
   alignas(64) float gradient[kBlock];
   alignas(64) float first[kBlock];
   alignas(64) float second[kBlock];
+  alignas(64) uint32_t held[kBlock];  // by the logits, of states in 8 bits
 };
 
 // One run along the innermost dimension, where each operand lies.
@@ -154,18 +155,24 @@ void step_run(const Run& run, float* masks, Buffers& buffers, MaskPartial* parti
 // A block whose states are codes: all of its states are there before one is coded, and all codes before a logit moves.
 void step_codes(const MaskStepArgs& args, int64_t begin, int64_t end, float* masks, Buffers& buffers,
                 MaskPartial* partial) {
-  decode_states(args.codes, begin, end - begin, buffers.first, buffers.second);
+  // Until the logits move, those of the whole block lie where their masks will.
   for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
     const Run run = {args, offsets, n};
     const float* logits = take(args.logits, run, kLogits, buffers.logits);
-    gradient_of(run, logits, load_weight(run, buffers.weight), buffers);
+    for (int64_t i = 0; i < n; ++i) masks[done + i] = logits[i];
+  });
+  decode_states(args.codes, begin, end - begin, masks, buffers.first, buffers.second);
+  for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
+    const Run run = {args, offsets, n};
+    gradient_of(run, masks + done, load_weight(run, buffers.weight), buffers);
     average(args.adamw, buffers.gradient, n, buffers.first + done, buffers.second + done);
   });
-  encode_states(args.codes, begin, end - begin, buffers.first, buffers.second);
+  encode_states(args.codes, begin, end - begin, buffers.first, buffers.second, buffers.held);
   for_runs(args.layout, kOperands, begin, end, [&](const int64_t* offsets, int64_t done, int64_t n) {
     const Run run = {args, offsets, n};
     float* logits = take(args.logits, run, kLogits, buffers.logits);
     move(args.adamw, buffers.first + done, buffers.second + done, n, logits);
+    put_quarters(buffers.held + done, n, logits);
     finish(run, logits, load_weight(run, buffers.weight), masks + done, buffers, partial);
   });
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 from .launch import Launch, StepConfig, Target, run, target_of
 from .mask import UNDECIDED_BOUND, load_temperature, reciprocal, soft_mask, soft_mask_derivative
 from .mask_step_table import Group, plan_groups
-from .state_codes import STATE_BLOCK, decode_averages, decode_squares, encode_averages, encode_squares
+from .state_codes import STATE_BLOCK, decode_averages, decode_squares, encode_averages, encode_squares, put_quarters
 
 Tensors = Sequence[Tensor]
 Optionals = Sequence[Tensor | None]
@@ -201,13 +201,13 @@ def _scale_pointers(scales, begin, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _read_codes(
-    firsts, seconds, scales, begin, size, offs, inside, unit, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    firsts, seconds, scales, begin, size, offs, inside, s, unit, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     pointers, there = _scale_pointers(scales, begin, size, BLOCK)
     codes = tl.load(_pointers(seconds, offs, ALIGNED), mask=inside, other=0)
-    second = decode_squares(codes, tl.load(pointers, mask=there, other=0.0))
+    second = decode_squares(codes, s, tl.load(pointers, mask=there, other=0.0))
     codes = tl.load(_pointers(firsts, offs, ALIGNED), mask=inside, other=0)
-    return decode_averages(codes, second, unit), second
+    return decode_averages(codes, s, second, unit), second
 
 
 @triton.jit
@@ -215,14 +215,14 @@ def _write_codes(
     firsts, seconds, scales, begin, size, offs, inside, first, second, unit, step, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Returns what rounding took from the first state."""
+    """Returns what rounding took from the first state, and what the logits are to hold."""
     pointers, there = _scale_pointers(scales, begin, size, BLOCK)
-    codes, new_scales = encode_squares(tl.where(inside, second, 0.0), offs, step)
+    codes, held, coded, new_scales = encode_squares(tl.where(inside, second, 0.0), offs, step)
     _write(seconds, offs, inside, codes, tl.uint8, ALIGNED)
     tl.store(pointers, new_scales, mask=there)
-    codes, residue = encode_averages(first, decode_squares(codes, new_scales), unit)
+    codes, held_too, residue = encode_averages(first, coded, unit)
     _write(firsts, offs, inside, codes, tl.int8, ALIGNED)
-    return residue
+    return residue, held | held_too
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def _adamw_kernel(
         s, w = _read(logits, offs, inside, ALIGNED), _read(weight, offs, inside, ALIGNED)
         if STATE_BITS == 8:
             first, second = _read_codes(
-                firsts, seconds, scales, begin, size, offs, inside, unit_before, ALIGNED, BLOCK
+                firsts, seconds, scales, begin, size, offs, inside, s, unit_before, ALIGNED, BLOCK
             )  # fmt: skip
         else:
             first, second = _read(firsts, offs, inside, ALIGNED), _read(seconds, offs, inside, ALIGNED)
@@ -271,7 +271,7 @@ def _adamw_kernel(
         first += taken1 * (g - first)
         second = beta2 * second + taken2 * g * g
         if STATE_BITS == 8:
-            residue = _write_codes(
+            residue, held = _write_codes(
                 firsts, seconds, scales, begin, size, offs, inside, first, second, unit, step, ALIGNED, BLOCK
             )  # fmt: skip
             first += residue_factor * residue
@@ -279,6 +279,8 @@ def _adamw_kernel(
             _write(firsts, offs, inside, first, S_TYPE, ALIGNED)
             _write(seconds, offs, inside, second, S_TYPE, ALIGNED)
         s = s * (1.0 - rate * weight_decay) - step_size * first * reciprocal(tl.sqrt(second) * correction + eps)
+        if STATE_BITS == 8:
+            s = put_quarters(s, held)
         l0, counts = _finish(
             logits, masked, offs, inside, s, w, temperature, scale, l0, counts, ALIGNED, S_TYPE, WM_TYPE
         )
