@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, state
+from . import checkpoint, shards, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
@@ -322,17 +322,15 @@ class CircuitModel(nn.Module):
             self.l0_rider.taken = True
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
-        groups = whole_groups([layer.leaf for layer in layers if layer.leaf is not None and layer.waits])
-        parts = [group.l0() for group in groups]
+        waiting = [] if shards.in_several_processes() else [layer for layer in layers if layer.waits]
+        groups = whole_groups([layer.leaf for layer in waiting if layer.leaf is not None])
+        parts = [shards.Part(group.l0()) for group in groups]
         for layer in layers:
             if layer.leaf is None or layer.leaf.group not in groups:
-                parts.append(layer.take_l0())
+                parts += layer.l0_parts()
             elif layer.bias_mask_logits is not None:
-                parts.append(layer.take_bias_l0())
-        # No zero to begin with: of one group there is nothing to add up.
-        total = parts[0].to(device) if parts else torch.zeros((), dtype=torch.float32, device=device)
-        for part in parts[1:]:
-            total = total + part.to(device)
+                parts.append(layer.bias_l0_part())
+        total = shards.total(parts, device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         return total
@@ -451,7 +449,7 @@ class CircuitModel(nn.Module):
     def check_logits(self) -> None:
         """Raise a ``ValueError`` that names the layer if any mask logits hold NaN."""
         for name, param in self.named_mask_parameters():
-            if bool(torch.isnan(param).any()):
+            if shards.over_shards(param.detach(), lambda s: torch.isnan(s).any().int()):
                 raise ValueError(f"{name} holds NaN: the training diverged; lower the learning rate")
 
     # Ablation

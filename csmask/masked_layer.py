@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ablation, cost, functional, reference
+from . import ablation, cost, functional, reference, shards
+from .autograd import KeptMaskedWeight
 from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
+from .shards import Part, over_shards
+from .sharded_op import ShardedUse
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
 _LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
@@ -24,12 +27,6 @@ def layers_of(params: Iterable[Tensor]) -> list[MaskedLayer]:
     """The layers whose weight logits are among the parameters, in the parameters' order."""
     by_logits = {id(getattr(layer, "mask_logits", None)): layer for layer in _LAYERS}
     return [by_logits[id(param)] for param in params if id(param) in by_logits]
-
-
-def in_several_processes() -> bool:
-    """Whether this is one of several processes that train together."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
 
 
 def check_execution(execution: str) -> str:
@@ -45,7 +42,7 @@ class L0Record:
     def __init__(self) -> None:
         self.wanted = False
         self.value: Tensor | None = None
-        self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere
+        self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
 
 
 class MaskedLayer(nn.Module):
@@ -74,6 +71,7 @@ class MaskedLayer(nn.Module):
     mask_unit: str
     mask_scale: float
     accumulate_in_kernel: bool
+    reduce_dtype: torch.dtype | None = None  # see ``sharded_op``
     layer_index: int
     masked_weight: MaskedWeight
     _execution: str
@@ -133,34 +131,40 @@ class MaskedLayer(nn.Module):
         counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
         if weights:
             per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
-            counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
-        if self.bias_mask_logits is not None:
-            counts = counts + self.ops.mask_sums(self.bias_mask_logits.detach(), self.temperature)[1]
-        return counts
+            counts = self._counts_of(self.mask_logits, per_logit)
+        return counts if self.bias_mask_logits is None else counts + self._counts_of(self.bias_mask_logits)
+
+    def _counts_of(self, logits: Tensor, per_logit: int = 1) -> Tensor:
+        sums = self.ops.mask_sums
+        return over_shards(logits.detach(), lambda s: sums(s, self.temperature, weights_per_logit=per_logit)[1])
 
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
-        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
-        l0 = self.ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
-        return l0 if self.bias_mask_logits is None else l0 + self.take_bias_l0()
+        return shards.total(self.l0_parts(recorded=False))
 
-    def take_bias_l0(self) -> Tensor:
-        """The bias's part of ``l0()``, which the last forward in ``per_step`` execution may have left."""
+    def l0_parts(self, recorded: bool = True) -> list[Part]:
+        """``l0()`` in parts, without a pass over the logits where the last forward, told by ``l0_record``, left sums."""
+        record, bias_logits = self.l0_record, self.bias_mask_logits
+        l0, record.value = record.value if recorded else None, None
+        # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
+        if l0 is not None and l0.requires_grad == any(not self.is_hard(p) for p in self._logits()):
+            is_part = shards.is_sharded(self.weight)
+            bias_parts = [self.bias_l0_part()] if is_part and bias_logits is not None else []
+            return [Part(l0, self.weight if is_part else None), *bias_parts]
+        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+        parts = [self._l0_of(self.mask_logits, per_logit)]
+        return parts if bias_logits is None else [*parts, self.bias_l0_part()]
+
+    def bias_l0_part(self) -> Part:
+        """The bias's part of ``l0()``, which the last forward may have left by itself."""
         l0, self.l0_record.bias_value = self.l0_record.bias_value, None
         logits = self.bias_mask_logits
         assert logits is not None
-        hard = self.is_hard(logits)
-        if l0 is None or l0.requires_grad == hard:
-            return self.ops.l0(self._in_use(logits), self.temperature, hard, self.mask_scale)
-        return l0
+        return self._l0_of(logits) if l0 is None or l0.requires_grad == self.is_hard(logits) else Part(l0)
 
-    def take_l0(self) -> Tensor:
-        """``l0()``, without a pass over the logits where the last forward, told by ``l0_record``, left the sum."""
-        l0, self.l0_record.value = self.l0_record.value, None
-        # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
-        if l0 is None or l0.requires_grad != any(p.requires_grad and not self.is_hard(p) for p in self._logits()):
-            return self.l0()
-        return l0
+    def _l0_of(self, logits: Tensor, per_logit: int = 1) -> Part:
+        mask = (self.temperature, self.is_hard(logits), self.mask_scale, per_logit)
+        return shards.part(self._in_use(logits), lambda s: self.ops.l0(s, *mask))
 
     def _logits(self) -> list[nn.Parameter]:
         return [p for p in (self.mask_logits, self.bias_mask_logits) if p is not None]
@@ -188,9 +192,8 @@ class MaskedLayer(nn.Module):
 
     @property
     def can_wait(self) -> bool:
-        """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight, in one process."""
-        # Gradients of several processes are averaged where autograd leaves them, which is not where these wait.
-        if in_several_processes():
+        """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight that is not sharded."""
+        if shards.is_sharded(self.weight) or shards.is_sharded(self.mask_logits):
             return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
         lie_alike = self.weight.stride() == self.mask_logits.stride()
@@ -279,6 +282,8 @@ class MaskedLayer(nn.Module):
     def _masked_forward(self, x: Tensor) -> Tensor:
         if self.waits:
             return self._per_step_forward(x)
+        if shards.is_sharded(self._parameters["weight"]):
+            return self._sharded_forward(x)
         bias, bias_l0 = self.masked_bias()
         result = self._masked_op(x, bias=bias, **self.mask_arguments(x))
         if self.ops is reference:
@@ -311,7 +316,31 @@ class MaskedLayer(nn.Module):
         compiling = torch.compiler.is_compiling() and leaf.value is not None
         masked_weight = leaf.value if compiling else leaf.current(dtype)
         assert masked_weight is not None
+        if shards.in_several_processes():
+            return self._shared_forward(x, masked_weight, bias)
         return self._leaf_forward(x, masked_weight, bias)
+
+    def _shared_forward(self, x: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """Gradients of several processes are averaged where autograd leaves them: none wait in the leaf."""
+        assert self.leaf is not None
+        mask = (self.weight, self.mask_logits, self.temperature, self.mask_scale)
+        masked_weight, l0 = KeptMaskedWeight.apply(*mask, value.detach(), self.leaf.l0)
+        record = self.l0_record
+        if record.wanted and record.value is None:
+            record.value = l0 if record.bias_value is None else l0 + record.bias_value
+        return self._plain_forward(x, masked_weight, bias)
+
+    def _sharded_forward(self, x: Tensor) -> Tensor:
+        mask = {"weight": self.weight, "mask_logits": self.mask_logits, "temperature": self.temperature}
+        use = ShardedUse(
+            self.weight, self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, self.reduce_dtype
+        )
+        bias, bias_l0 = self.masked_bias()
+        out = self._masked_op(x, **mask, bias=bias, scale=self.mask_scale, lean=use)
+        record = self.l0_record
+        if record.wanted and record.value is None:
+            record.value, record.bias_value = use.l0, bias_l0
+        return out
 
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
         """``_plain_forward``; a layer may bring the masked weight's gradient to the leaf in its own way."""
@@ -329,6 +358,8 @@ class MaskedLayer(nn.Module):
         return weight, bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the argument's name in torch.nn
+        if not self.use_masks and shards.is_sharded(self._parameters["weight"]):
+            return self._plain_forward(input, shards.whole(self.weight), self.bias)
         if not self.use_masks:
             return super().forward(input)
         if self.ablation == "none":
@@ -346,7 +377,7 @@ class MaskedLayer(nn.Module):
 
     def ablated_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes."""
-        weight = self._ablate(self.weight, self.circuit, "weight")
+        weight = self._ablate(shards.whole(self.weight), shards.whole(self.circuit), "weight")
         if self.bias is None or self.bias_mask_logits is None:
             return weight, self.bias
         return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
@@ -375,9 +406,9 @@ class MaskedLayer(nn.Module):
 
     def check_complement(self, name: str) -> None:
         """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""
-        ablation.check_complement(self.circuit, f" in {name}")
+        ablation.check_complement(shards.whole(self.circuit), f" in {name}")
         if self.bias_mask_logits is not None:
-            ablation.check_complement(self.bias_mask_logits.detach() > 0, f" in {name}.bias")
+            ablation.check_complement(shards.whole(self.bias_mask_logits.detach()) > 0, f" in {name}.bias")
 
     def clear_ablation_cache(self) -> None:
         """Drop drawn masks and values."""
