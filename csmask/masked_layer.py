@@ -43,6 +43,7 @@ class L0Record:
         self.wanted = False
         self.value: Tensor | None = None
         self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
+        self.shard_of: Tensor | None = None  # that the value is of
 
 
 class MaskedLayer(nn.Module):
@@ -148,9 +149,8 @@ class MaskedLayer(nn.Module):
         l0, record.value = record.value if recorded else None, None
         # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
         if l0 is not None and l0.requires_grad == any(not self.is_hard(p) for p in self._logits()):
-            is_part = shards.is_sharded(self.weight)
-            bias_parts = [self.bias_l0_part()] if is_part and bias_logits is not None else []
-            return [Part(l0, self.weight if is_part else None), *bias_parts]
+            apart = record.shard_of is not None and bias_logits is not None
+            return [Part(l0, record.shard_of), *([self.bias_l0_part()] if apart else [])]
         per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
         parts = [self._l0_of(self.mask_logits, per_logit)]
         return parts if bias_logits is None else [*parts, self.bias_l0_part()]
@@ -339,7 +339,7 @@ class MaskedLayer(nn.Module):
         out = self._masked_op(x, **mask, bias=bias, scale=self.mask_scale, lean=use)
         record = self.l0_record
         if record.wanted and record.value is None:
-            record.value, record.bias_value = use.l0, bias_l0
+            record.value, record.bias_value, record.shard_of = use.l0, bias_l0, self.weight
         return out
 
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
