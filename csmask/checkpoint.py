@@ -29,6 +29,7 @@ from .config import CircuitConfig
 from .density import check_state
 from .functional import check_temperature
 from .layers import MaskedLayer, mask_shapes, unmask_layer
+from .shards import check_whole, is_sharded, one_writer, whole
 from .surgery import enable_fused_encoder_layer, find_targets, module_names
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def fingerprint(layer: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for param in (layer.weight, layer.bias):
         if param is not None:
-            data = param.detach().cpu().contiguous().flatten().view(torch.uint8)
+            data = whole(param.detach()).cpu().contiguous().flatten().view(torch.uint8)
             digest.update(data.numpy().data)
     shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
@@ -72,7 +73,7 @@ def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and not name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -84,7 +85,7 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"save_pretrained needs a directory, got the file {path}")
     circuit.check_logits()
-    masks = {name: p.detach().cpu().contiguous() for name, p in circuit.named_mask_parameters()}
+    masks = {name: whole(p.detach()).cpu().contiguous() for name, p in circuit.named_mask_parameters()}
     data = safetensors.torch.save(masks)
     digest = hashlib.sha256(data).hexdigest()
     content: dict[str, Any] = {
@@ -106,6 +107,12 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
             "save the base's weights as well, or export()",
             stacklevel=3,
         )
+    with one_writer(any(is_sharded(p) for p in circuit.parameters())) as writes:
+        if writes:
+            _write(path, content, data)
+
+
+def _write(path: Path, content: dict[str, Any], data: bytes) -> None:
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / content["masks_file"], data)
     write_atomically(path / CIRCUIT_FILE, _with_digest(content))
@@ -144,6 +151,7 @@ def load_circuit(
 
 def export_model(circuit: CircuitModel) -> nn.Module:
     """A copy of the base model without csmask, the hard mask written into its weights; see ``CircuitModel.export``."""
+    check_whole(circuit.parameters(), "export()")
     circuit.check_logits()
     model: Any = copy.deepcopy(circuit.wrapped_model)
     owners: dict[int, int] = {}

@@ -129,7 +129,8 @@ class CircuitModel(nn.Module):
         """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
         for layer in self.masked_layers.values():
             record = layer.l0_record
-            record.wanted, record.value, record.bias_value = flag, None, None
+            record.wanted, record.value, record.bias_value, record.shard_of = flag, None, None, None
+            record.gathered = shards.is_sharded(layer._parameters["mask_logits"])
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if self._bypass_checked or torch.compiler.is_compiling():
@@ -526,6 +527,8 @@ class CircuitModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Save masks, config, temperature and a fingerprint of the base weights, atomically; not the base itself.
 
+        Of a sharded circuit every process has to call this, and the first one writes.
+
         Raises:
             ValueError: ``directory`` is a file, or the logits hold NaN.
         """
@@ -556,7 +559,7 @@ class CircuitModel(nn.Module):
 
         Raises:
             ValueError: the logits hold NaN.
-            NotImplementedError: the tied output head of an encoder-decoder is masked, which such a model cannot hold.
+            NotImplementedError: the circuit is sharded; the tied output head of an encoder-decoder is masked, which such a model cannot hold.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)
@@ -565,6 +568,7 @@ class CircuitModel(nn.Module):
     def unload(self) -> nn.Module:
         """Take the masks off, in place, and return the base model as it was before; the circuit is spent."""
         if self.masked_layers:
+            shards.check_whole(self.parameters(), "unload()")
             self._restore_base(self.masked_layers.values())
             self.masked_layers = {}
         return self.wrapped_model

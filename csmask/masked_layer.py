@@ -37,13 +37,18 @@ def check_execution(execution: str) -> str:
 
 
 class L0Record:
-    """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow."""
+    """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow.
+
+    Attributes:
+        gathered: whether the weight is whole only for the time of a use: then the masked weight is not kept, either.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
         self.value: Tensor | None = None
         self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
         self.shard_of: Tensor | None = None  # that the value is of
+        self.gathered = False
 
 
 class MaskedLayer(nn.Module):
@@ -266,7 +271,7 @@ class MaskedLayer(nn.Module):
             eager = not torch.compiler.is_compiling()
             arguments.update(
                 execution=self.resolve_execution(x),
-                kept=self.masked_weight if eager else None,
+                kept=self.masked_weight if eager and not self.l0_record.gathered else None,
                 accumulate=self.accumulate_in_kernel and eager,
                 return_l0=True,
             )

@@ -6,7 +6,8 @@ averaged over processes: the gradient of a sum over shards is therefore the mean
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,15 @@ def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def check_whole(tensors: Iterable[Tensor], what: str) -> None:
+    """Raise a ``NotImplementedError`` that names ``what``, which needs whole tensors, if one is sharded."""
+    if any(is_sharded(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            f"{what} needs whole weights, and these are sharded over processes: save_pretrained() in every process, "
+            f"then, in one, CircuitModel.from_pretrained(model, directory) and {what}"
+        )
+
+
 class Part(NamedTuple):
     """What this process's shard adds to a sum: ``value``, 0-d or counts; the tensor, None where it is not sharded."""
 
@@ -74,6 +84,21 @@ def total(parts: Iterable[Part], device: torch.device | None = None) -> Tensor:
         found = value if of is None else _SumOverShards.apply(value, of.device_mesh, of.placements)
         result = found if result is None else result + found
     return torch.zeros((), device=device) if result is None else result
+
+
+@contextlib.contextmanager
+def one_writer(shared: bool) -> Iterator[bool]:
+    """Whether this process is the one that writes a file for all; where it is, the others wait for the end.
+
+    Args:
+        shared: whether all processes are here; if not, each writes for itself.
+    """
+    shared = shared and in_several_processes()
+    try:
+        yield not shared or torch.distributed.get_rank() == 0
+    finally:
+        if shared:
+            torch.distributed.barrier()
 
 
 class _SumOverShards(Function):

@@ -44,6 +44,7 @@ def test_ddp_trains_as_one(results, optimizer):
     got = result(results, "ddp")[optimizer]
     want = by_hand(optimizer.removeprefix("Mask"), mask_hparams={"mask_bias": True})
     assert_close(got["logits"], logits(want))
+    assert got["losses"] == pytest.approx(want.losses, rel=1e-5)
     assert set(got["waits"]) == {optimizer.startswith("Mask")}
     for name, value in want.telemetry().items():
         assert got["telemetry"][name] == pytest.approx(value, rel=1e-5), name

@@ -34,7 +34,7 @@ LEVELS = [
     {"checkpoint"},
     {"state"},
     {"circuit"},
-    {"evaluate", "trainer", "optim"},
+    {"distributed", "evaluate", "trainer", "optim"},
     {"demo", "plan"},
     {"cli"},
     {"__main__"},

@@ -21,6 +21,7 @@ TESTS = Path(__file__).parent
 L0_LAMBDA = 2e-3  # the term is about as large as the loss
 STEPS, ROWS = 4, 8
 CASES: dict[str, Callable[[], object]] = {}
+folder = Path()  # that the cases write to
 
 
 def case(function: Callable[[], object]) -> Callable[[], object]:
@@ -70,14 +71,26 @@ def rows(step: int, dtype: torch.dtype = torch.float32, rank: int | None = None)
     return {"x": x[chosen], "labels": labels[chosen]}
 
 
+def mean(loss: torch.Tensor) -> float:
+    """Of all processes."""
+    loss = loss.detach().clone()
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(loss)
+        loss /= torch.distributed.get_world_size()
+    return loss.item()
+
+
 def train(model, optimizer, circuit, dtype=torch.float32, rank=None, steps=STEPS, first=0) -> list[float]:
+    """Logged losses; a circuit without the l0 term in its loss gets it by hand."""
     losses = []
     for step in range(first, first + steps):
         circuit.temperature = 1.0 + step
         loss = model(**rows(step, dtype, rank))["loss"]
+        if not circuit.circuit_config.add_l0:
+            loss = loss + L0_LAMBDA * circuit.l0()
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
-        losses.append(loss.item())
+        losses.append(mean(loss))
     return losses
 
 
@@ -88,8 +101,8 @@ def logits(circuit: CircuitModel) -> torch.Tensor:
 
 def by_hand(optimizer: str = "AdamW", dtype=torch.float32, settings=None, **config) -> CircuitModel:
     """The same training in one process, in plain torch."""
-    circuit = build(dtype, execution="reference", **config)
-    train(circuit, OPTIMIZERS[optimizer](circuit.mask_parameters(), **(settings or {})), circuit, dtype)
+    circuit = build(dtype, **{"execution": "reference", **config})
+    circuit.losses = train(circuit, OPTIMIZERS[optimizer](circuit.mask_parameters(), **(settings or {})), circuit, dtype)
     return circuit
 
 
@@ -114,7 +127,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, start: float = 0.1, boun
     assert error <= bound * moved + 1e-7, f"{error:.3g} of {moved:.3g}"
 
 
-def run(module: str, folder: Path) -> dict[str, object]:
+def run(module: str, path: Path) -> dict[str, object]:
     """Run the cases of a module in two processes; the results by name, a traceback (str) where one failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -123,16 +136,18 @@ def run(module: str, folder: Path) -> dict[str, object]:
     for rank in range(2):
         variables = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
                      "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # fmt: skip
-        command = [sys.executable, "-c", f"import two_processes; two_processes.one_of_two({module!r}, {str(folder)!r})"]
+        command = [sys.executable, "-c", f"import two_processes; two_processes.one_of_two({module!r}, {str(path)!r})"]
         pipe = subprocess.PIPE
         processes.append(subprocess.Popen(command, env=variables, stdout=pipe, stderr=subprocess.STDOUT, text=True))
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    return torch.load(folder / "results.pt", weights_only=False)
+    return torch.load(path / "results.pt", weights_only=False)
 
 
-def one_of_two(module: str, folder: str) -> None:
+def one_of_two(module: str, path: str) -> None:
     """What each of two processes runs."""
+    global folder
+    folder = Path(path)
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     importlib.import_module(module)
@@ -144,7 +159,7 @@ def one_of_two(module: str, folder: str) -> None:
             results[name] = traceback.format_exc()
         torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        torch.save(results, Path(folder) / "results.pt")
+        torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()
 
 
