@@ -288,6 +288,8 @@ class MaskedLayer(nn.Module):
         if self.waits:
             return self._per_step_forward(x)
         if shards.is_sharded(self._parameters["weight"]):
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break()  # type: ignore[no-untyped-call]
             return self._sharded_forward(x)
         bias, bias_l0 = self.masked_bias()
         result = self._masked_op(x, bias=bias, **self.mask_arguments(x))

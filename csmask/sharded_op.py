@@ -46,7 +46,6 @@ class ShardedUse:
         self.weight, self.anchor, self.reduce_dtype = shards.local(weight), shards.local(mask_logits), reduce_dtype
         self.l0: Tensor | None = None
 
-    @torch.compiler.disable
     def apply(self, x: Tensor, mask_logits: Tensor, bias: Tensor | None, _: Any, geometry: Any) -> Tensor:
         """The operation; ``geometry`` is as in ``autograd.MaskedOp``."""
         out, self.l0 = ShardedOp.apply(x, mask_logits, bias, self, geometry)
