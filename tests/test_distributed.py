@@ -103,3 +103,128 @@ def test_accelerate_accumulates_and_clips_as_one(results, optimizer):
         assert norm > 0.06
         adamw.step(), adamw.zero_grad()
     assert_close(got, logits(want))
+
+
+# Tensor parallelism, by hand: docs/tensor_parallel.md
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        torch.distributed.all_reduce(grad)
+        return grad
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Mlp(torch.nn.Module):
+    """Two linear layers; with a rank, the half of them that one of two processes holds."""
+
+    def __init__(self, rank: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = [torch.nn.Linear(6, 8), torch.nn.Linear(8, 5)]
+        self.rank, mine = rank, slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
+        width = 8 if rank is None else 4
+        self.up, self.down = torch.nn.Linear(6, width), torch.nn.Linear(width, 5, bias=not rank)
+        with torch.no_grad():
+            self.up.weight.copy_(whole[0].weight[mine]), self.up.bias.copy_(whole[0].bias[mine])
+            self.down.weight.copy_(whole[1].weight[:, mine])
+            if not rank:
+                self.down.bias.copy_(whole[1].bias)
+
+    def forward(self, x):
+        x = x if self.rank is None else _Copy.apply(x)
+        x = self.down(torch.tanh(self.up(x)))
+        return x if self.rank is None else _Sum.apply(x)
+
+
+def one_step(unit: str, rank: int | None) -> dict[str, torch.Tensor]:
+    """Output, loss with l0, gradients and l0; of two processes put together again."""
+    from csmask import CircuitConfig, CircuitModel
+
+    hparams = {"mask_bias": True, "mask_unit": unit}
+    circuit = CircuitModel(CircuitConfig(target_layers="all", mask_hparams=hparams), Mlp(rank))
+    up, down = circuit.masked_layers.values()
+    # Of each parameter the dimension that is split, if one is.
+    split = {"up": 0, "up bias": 0, "down": 1 if unit == "weight" else None, "down bias": None}
+    params = {"up": up.mask_logits, "up bias": up.bias_mask_logits, "down": down.mask_logits}
+    if not rank:
+        params["down bias"] = down.bias_mask_logits
+    for i, (name, param) in enumerate(params.items()):
+        shape = list(param.shape)
+        if rank is not None and split[name] is not None:
+            shape[split[name]] *= 2
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(i))
+        if shape != list(param.shape):
+            values = values.narrow(split[name], 4 * rank, 4)
+        with torch.no_grad():
+            param.copy_(values)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(9), requires_grad=True)
+    out, l0 = circuit(x), circuit.l0()
+    l0 = l0 if rank is None else _Sum.apply(l0)
+    (out.square().mean() + 0.01 * l0).backward()
+    found = {"out": out, "l0": l0, "dx": x.grad, **{name: param.grad for name, param in params.items()}}
+    if rank is None:
+        return found
+    if unit == "neuron":
+        torch.distributed.all_reduce(found["down"])
+    for name, dim in split.items():
+        if dim is not None:
+            parts = [torch.empty_like(found[name]) for _ in range(2)]
+            torch.distributed.all_gather(parts, found[name].contiguous())
+            found[name] = torch.cat(parts, dim)
+    return {name: value.detach() for name, value in found.items()}
+
+
+@case
+def tensor_parallel():
+    return {unit: one_step(unit, torch.distributed.get_rank()) for unit in ("weight", "neuron")}
+
+
+@pytest.mark.parametrize("unit", ["weight", "neuron"])
+def test_a_column_and_a_row_split_are_the_whole_layers(results, unit):
+    got, want = result(results, "tensor_parallel")[unit], one_step(unit, None)
+    assert list(got) == list(want)
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value.detach(), msg=name)
+
+
+@case
+def dtensors_of_tensor_parallelism():
+    """torch's own styles: refused in words."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from csmask import CircuitConfig, CircuitModel
+
+    found = []
+    for layer, style in (("up", ColwiseParallel), ("down", RowwiseParallel)):
+        circuit = CircuitModel(CircuitConfig(target_layers="all"), Mlp())
+        parallelize_module(circuit.wrapped_model, init_device_mesh("cpu", (2,)), {layer: style()})
+        try:
+            circuit(torch.zeros(2, 6))
+            found.append("none")
+        except NotImplementedError as error:
+            found.append(str(error))
+    return found
+
+
+def test_other_shards_are_refused(results):
+    for error in result(results, "dtensors_of_tensor_parallelism"):
+        assert "see docs/tensor_parallel.md" in error
