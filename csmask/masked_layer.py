@@ -340,7 +340,7 @@ class MaskedLayer(nn.Module):
     def _sharded_forward(self, x: Tensor) -> Tensor:
         mask = {"weight": self.weight, "mask_logits": self.mask_logits, "temperature": self.temperature}
         if shards.is_sharded(x):
-            raise NotImplementedError(shards.ANY_DIM.format(placements="of the input, too"))
+            raise NotImplementedError(shards.OTHER_SHARDS.format(found="an input that is a DTensor"))
         use = ShardedUse(
             self.weight, self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, self.reduce_dtype
         )

@@ -7,6 +7,7 @@ the shard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class ShardedUse:
         for tensor in (weight, mask_logits):
             placements = tensor.placements if shards.is_sharded(tensor) else None
             if placements is None or len(placements) != 1 or not placements[0].is_shard(dim=0):
-                raise NotImplementedError(shards.ANY_DIM.format(placements=placements))
+                raise NotImplementedError(shards.OTHER_SHARDS.format(found=f"placements {placements}"))
         self.whole, self.temperature, self.hard, self.scale = weight, temperature, hard, scale
         self.weight, self.anchor, self.reduce_dtype = shards.local(weight), shards.local(mask_logits), reduce_dtype
         self.l0: Tensor | None = None
@@ -56,7 +57,7 @@ class ShardedUse:
         rows, size = self.whole.shape[0], self.whole.device_mesh.size()
         per_shard = -(-rows // size)
         gathered = shard.new_empty((per_shard * size, *shard.shape[1:]))
-        torch.distributed.all_gather_into_tensor(gathered, _with_rows(shard, per_shard), group=self._group)
+        _collective("all_gather_single")(gathered, _with_rows(shard, per_shard), group=self._group)
         return gathered[:rows]
 
     def scatter(self, gradient: Tensor) -> Tensor:
@@ -65,13 +66,19 @@ class ShardedUse:
         per_shard = -(-gradient.shape[0] // size)
         gradient = gradient.to(self.reduce_dtype or gradient.dtype)
         shard = gradient.new_empty((per_shard, *gradient.shape[1:]))
-        torch.distributed.reduce_scatter_tensor(shard, _with_rows(gradient, per_shard * size), group=self._group)
+        _collective("reduce_scatter_single")(shard, _with_rows(gradient, per_shard * size), group=self._group)
         shard = shard[: self.weight.shape[0]]
         return (shard.float() if shard.dtype.itemsize < 4 else shard) / size
 
     @property
     def _group(self) -> Any:
         return self.whole.device_mesh.get_group()
+
+
+def _collective(name: str) -> Callable[..., Any]:
+    """Of torch 2.13, or under the name that it had before."""
+    before = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+    return getattr(torch.distributed, name, None) or getattr(torch.distributed, before[name])
 
 
 def _with_rows(tensor: Tensor, rows: int) -> Tensor:

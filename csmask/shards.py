@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-ANY_DIM = (
-    "a masked layer takes weights that are sharded along dimension 0 over a mesh of one dimension, as fully_shard and "
-    "shard_circuit leave them; got placements {placements}. For tensor parallelism see docs/tensor_parallel.md"
+OTHER_SHARDS = (
+    "a masked layer takes plain inputs, and weights that are whole or sharded along dimension 0 over a mesh of one "
+    "dimension, as fully_shard and shard_circuit leave them; got {found}. For tensor parallelism see "
+    "docs/tensor_parallel.md"
 )
 
 
