@@ -294,10 +294,9 @@ class CircuitModel(nn.Module):
     def accumulate_in_kernel(self, flag: bool) -> None:
         """Whether kernels add to ``mask_logits.grad`` where there is a gradient already, instead of autograd.
 
-        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. For
-        plain ``loss.backward()`` calls in one process: hooks that DDP and FSDP set where autograd accumulates do not
-        see a gradient that was added so. Logits with hooks of their own, ``torch.autograd.grad`` and
-        ``backward(inputs=...)`` go through autograd all the same. Off by default.
+        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. No
+        effect in several processes, where DDP and FSDP need to see what autograd accumulates. Logits with hooks of
+        their own, ``torch.autograd.grad`` and ``backward(inputs=...)`` go through autograd all the same. Off by default.
         """
         if not isinstance(flag, bool):
             raise TypeError(f"flag must be True or False, got {flag!r}")
@@ -559,7 +558,8 @@ class CircuitModel(nn.Module):
 
         Raises:
             ValueError: the logits hold NaN.
-            NotImplementedError: the circuit is sharded; the tied output head of an encoder-decoder is masked, which such a model cannot hold.
+            NotImplementedError: the circuit is sharded; or the tied output head of an encoder-decoder is masked, which
+                such a model cannot hold.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)

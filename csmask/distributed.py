@@ -105,7 +105,7 @@ def _check(name: str, layer: MaskedLayer) -> None:
     if type(layer.weight) is not nn.Parameter:
         problem = "it is sharded already"
     elif layer.mask_unit != "weight":
-        problem = 'it has a logit for each neuron and no masked weight to gather: use mask_unit="weight", or fully_shard'
+        problem = 'it has a logit for each neuron, no masked weight to gather: use mask_unit="weight", or fully_shard'
     elif layer.weight.requires_grad:
         problem = "its weight is trained, too: freeze the base, or use fully_shard"
     elif layer.execution == "reference":

@@ -16,7 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from ._ops import ops
 from .masked_layer import layers_of
 from .masked_leaf import LeafGroup, MaskedLeaf, grad_so_far, leaf_of
-from .shards import in_several_processes, whole
+from .shards import in_several_processes, is_sharded, whole
 
 
 def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
@@ -68,12 +68,21 @@ class _MaskOptimizer(Optimizer):
         """Put the layers of the parameters in ``per_step`` execution; those of another optimizer change hands."""
         if self.lean:
             _check_one_process()
+        self._check_shards()
         for i, group in list(enumerate(self.param_groups))[first:]:
             leaves = [layer.wait_for_step(self.lean) for layer in layers_of(group["params"]) if layer.can_wait]
             self._groups += [LeafGroup(those, self, i) for those in by_device(leaves)]
         for leaf in self.leaves:
             if leaf.value is None:
                 leaf.refresh()  # made here, a compiled forward finds it
+
+    def _check_shards(self) -> None:
+        for group in self.param_groups:
+            if group.get("state_bits", 32) != 32 and any(is_sharded(param) for param in group["params"]):
+                raise ValueError(
+                    "state_bits=8 has its states in blocks of whole layers, and these mask logits are sharded over "
+                    "processes: use state_bits=32, of which each process holds its share"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         state = {"max_grad_norm": self.max_grad_norm, "lean": self.lean, "_last_factor": self._last_factor}

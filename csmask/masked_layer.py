@@ -16,8 +16,8 @@ from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
-from .shards import Part, over_shards
 from .sharded_op import ShardedUse
+from .shards import Part, over_shards
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
 _LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
@@ -149,7 +149,7 @@ class MaskedLayer(nn.Module):
         return shards.total(self.l0_parts(recorded=False))
 
     def l0_parts(self, recorded: bool = True) -> list[Part]:
-        """``l0()`` in parts, without a pass over the logits where the last forward, told by ``l0_record``, left sums."""
+        """``l0()`` in parts, without a pass over the logits where the last forward, told by ``l0_record``, left one."""
         record, bias_logits = self.l0_record, self.bias_mask_logits
         l0, record.value = record.value if recorded else None, None
         # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
@@ -272,7 +272,7 @@ class MaskedLayer(nn.Module):
             arguments.update(
                 execution=self.resolve_execution(x),
                 kept=self.masked_weight if eager and not self.l0_record.gathered else None,
-                accumulate=self.accumulate_in_kernel and eager,
+                accumulate=self.accumulate_in_kernel and eager and not shards.in_several_processes(),
                 return_l0=True,
             )
         return arguments
@@ -289,7 +289,7 @@ class MaskedLayer(nn.Module):
             return self._per_step_forward(x)
         if shards.is_sharded(self._parameters["weight"]):
             if torch.compiler.is_compiling():
-                torch._dynamo.graph_break()  # type: ignore[no-untyped-call]
+                torch._dynamo.graph_break()
             return self._sharded_forward(x)
         bias, bias_l0 = self.masked_bias()
         result = self._masked_op(x, bias=bias, **self.mask_arguments(x))

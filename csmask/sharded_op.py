@@ -128,7 +128,7 @@ class ShardedOp(Function):
             dx, gradient, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants)
             del masked_weight
             if wants[1]:
-                dmasked_weight = use.scatter(gradient)  # type: ignore[arg-type]
+                dmasked_weight = use.scatter(gradient)
         dlogits = None
         if ctx.needs_input_grad[1]:
             dlogits = ops.logits_grad(dmasked_weight, *mask, dl0, use.scale)

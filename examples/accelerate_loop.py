@@ -1,8 +1,8 @@
 """A circuit in a plain Accelerate loop: one script for one process and for many.
 
 A small network learns scikit-learn's 1,797 handwritten digits; then the masks over its frozen weights are trained. The
-loop is Accelerate's own, ``prepare``, ``accumulate`` and ``backward``; what is csmask's are the circuit, which takes the
-place of the model, its optimizer, which any other could replace, and the schedule of the temperature.
+loop is Accelerate's own, ``prepare``, ``accumulate`` and ``backward``; what is csmask's are the circuit, which takes
+the place of the model, its optimizer, which any other could replace, and the schedule of the temperature.
 
 Run it as ``python examples/accelerate_loop.py``, or in several processes::
 

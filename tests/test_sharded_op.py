@@ -170,7 +170,11 @@ def refused():
         made_first.optimizer = MaskAdamW(circuit.mask_parameters())
         shard_circuit(circuit)
 
+    def eight_bits():
+        MaskAdamW(sharded()[0].mask_parameters(), state_bits=8)
+
     return {
+        "use state_bits=32": error_of(eight_bits),
         "neuron": error_of(lambda: shard_circuit(build(mask_hparams={"mask_unit": "neuron"}))),
         "trained": error_of(lambda: shard_circuit(build(freeze_base=False))),
         "reference": error_of(lambda: shard_circuit(build(execution="reference"))),

@@ -102,7 +102,8 @@ def logits(circuit: CircuitModel) -> torch.Tensor:
 def by_hand(optimizer: str = "AdamW", dtype=torch.float32, settings=None, **config) -> CircuitModel:
     """The same training in one process, in plain torch."""
     circuit = build(dtype, **{"execution": "reference", **config})
-    circuit.losses = train(circuit, OPTIMIZERS[optimizer](circuit.mask_parameters(), **(settings or {})), circuit, dtype)
+    stepper = OPTIMIZERS[optimizer](circuit.mask_parameters(), **(settings or {}))
+    circuit.losses = train(circuit, stepper, circuit, dtype)
     return circuit
 
 
