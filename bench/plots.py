@@ -28,13 +28,36 @@ BARS = [name for name in STYLES if name != "dense"]
 CAPTION = {"fontsize": 8, "color": "#555555"}
 
 
+PANELS = {
+    "fwd_bwd": "Forward + backward of one masked linear layer",
+    "step": "A step with AdamW",
+    "step of 8": "A step of 8 micro-batches with AdamW",
+}
+
+
 def ratios(rows: Rows, path: Path) -> bool:
-    """Forward + backward over dense, a group of bars for each shape; False where there are no such rows."""
-    found = {x: times for x, times in values(rows, "fwd_bwd", "time").items() if "dense" in times}
-    providers = [name for name in BARS if any(name in times for times in found.values())]
-    if not found or not providers:
+    """Time over dense, a group of bars for each shape, a panel for each mode; False where there are no such rows."""
+    panels = {mode: {x: times for x, times in values(rows, mode, "time").items() if "dense" in times}
+              for mode in PANELS}  # fmt: skip
+    panels = {mode: found for mode, found in panels.items() if found}
+    given = {name for found in panels.values() for times in found.values() for name in times}
+    providers = [name for name in BARS if name in given]
+    if "fwd_bwd" not in panels or not providers:
         return False
-    figure, axes = plt.subplots(figsize=(max(8.0, 1.45 * len(found) + 1), 4.8), constrained_layout=True)
+    columns = max(len(found) for found in panels.values())
+    figure, all_axes = plt.subplots(
+        len(panels), 1, figsize=(max(8.0, 1.45 * columns + 1), 0.4 + 4.2 * len(panels)), squeeze=False,
+        constrained_layout=True,
+    )  # fmt: skip
+    for axes, (mode, found) in zip(all_axes[:, 0], panels.items(), strict=True):
+        _bars(axes, found, providers)
+        axes.set_title(f"{PANELS[mode]} (tokens x out x in); lower is better", fontsize=11)
+    all_axes[0][0].legend(ncols=len(providers), frameon=False, loc="upper right")
+    _save(figure, rows, path)
+    return True
+
+
+def _bars(axes: Any, found: dict[str, dict[str, float]], providers: list[str]) -> None:
     width = 0.8 / len(providers)
     for i, name in enumerate(providers):
         heights = {j: times[name] / times["dense"] for j, times in enumerate(found.values()) if name in times}
@@ -55,13 +78,9 @@ def ratios(rows: Rows, path: Path) -> bool:
     axes.set_xticks(range(len(found)), [x.replace(" ", "\n", 1) for x in found])
     axes.tick_params(axis="x", length=0, labelsize=8.5)
     axes.set_ylabel("time over dense")
-    axes.set_title("Forward + backward of one masked linear layer (tokens x out x in); lower is better", fontsize=11)
-    axes.legend(ncols=len(providers), frameon=False, loc="upper right")
     axes.spines[["top", "right"]].set_visible(False)
     axes.annotate("dense = 1", (1, 1), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                   va="center", fontsize=8, annotation_clip=False)  # fmt: skip
-    _save(figure, rows, path)
-    return True
 
 
 def roofline(rows: Rows, path: Path) -> bool:

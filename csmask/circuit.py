@@ -541,7 +541,7 @@ class CircuitModel(nn.Module):
 
         Args:
             model: the base that the masks were saved over, unmasked.
-            directory: where ``save_pretrained`` wrote.
+            directory: where ``save_pretrained`` wrote, or a trainer the circuit's state (``model.safetensors``).
             check_base: False to put the masks on a base with other weights of the same shapes.
 
         Raises:

@@ -40,7 +40,8 @@ def add_to_loss(
     loss = output.get("loss") if is_dict else getattr(output, "loss", None)
     if loss is None:
         return without_loss(output)
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
+    # torch.nn.DataParallel's replicas are given num_items_in_batch as (1, 1), which shapes their loss.
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             f"the model's loss must be one number (a 0-d tensor) for the l0 term to be added, got {what}; "
@@ -76,6 +77,8 @@ def share_of_step(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
     labels = kwargs.get("labels") if shifted is None else shifted
     if total is None or not isinstance(labels, Tensor):
         return 1.0
+    if isinstance(total, Tensor):
+        total = total.reshape(())
     if shifted is None and _shifts_labels(model):
         labels = labels[..., 1:]  # the first token of a row is no target
     return labels.ne(-100).sum() / total

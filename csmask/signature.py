@@ -71,8 +71,9 @@ def _passes_kwargs_to_loss(forward: Any) -> bool:
             return True
         if isinstance(node, ast.keyword) and node.arg == _NUM_ITEMS:
             return True
-        is_loss = isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower()
-        if is_loss and any(keyword.arg is None for keyword in node.keywords):
+        if not (isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower()):
+            continue
+        if any(keyword.arg is None for keyword in node.keywords):
             return True
     return False
 

@@ -52,9 +52,16 @@ def drop_frozen(circuit: CircuitModel, state: dict[str, Any], prefix: str, _meta
 def forgive_frozen(circuit: CircuitModel, incompatible: Any) -> None:
     """A hook of ``load_state_dict()``: what ``drop_frozen`` drops is not missing."""
     frozen = frozen_names(circuit) | {"_extra_state"}
+
+    def is_frozen(name: str) -> bool:
+        while name not in frozen:
+            _, dot, name = name.partition(".")  # a circuit within another module: its names have a prefix here
+            if not dot:
+                return False
+        return True
+
     missing = incompatible.missing_keys
-    # A circuit within another module: its names have a prefix here.
-    missing[:] = [name for name in missing if not any(name == f or name.endswith(f".{f}") for f in frozen)]
+    missing[:] = [name for name in missing if not is_frozen(name)]
 
 
 def describe(circuit: CircuitModel) -> Tensor:

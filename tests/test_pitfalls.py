@@ -217,11 +217,11 @@ def test_06_new_parameters_are_made_where_the_base_is(kind, mask_unit):
         layer = LAYERS[kind][0]()
     hparams = {"mask_bias": True, "mask_unit": mask_unit}
     circuit = CircuitModel(CircuitConfig(target_layers="all", mask_hparams=hparams), layer)
-    assert {t.device.type for t in circuit.state_dict().values()} == {"meta"}
+    assert {t.device.type for t in (*circuit.parameters(), *circuit.buffers())} == {"meta"}
     assert {t.dtype for t in circuit.mask_parameters()} == {torch.float32}
     assert circuit(torch.empty(LAYERS[kind][1], device="meta")).device.type == "meta"
     cpu = CircuitModel(CircuitConfig(target_layers="all", mask_hparams=hparams), LAYERS[kind][0]()).to("meta")
-    assert {t.device.type for t in cpu.state_dict().values()} == {"meta"}
+    assert {t.device.type for t in (*cpu.parameters(), *cpu.buffers())} == {"meta"}
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "conv2d"])
@@ -235,10 +235,11 @@ def test_07_convolutions_keep_one_weight(kind):
         return sum(t.numel() * t.element_size() for t in tensors)
 
     expected = 2 * 4 * layer.weight.numel() + 4 * layer.bias.numel() + 4  # weight, logits; bias; temperature
-    assert count(circuit.state_dict().values()) == expected
+    assert count(layer.state_dict().values()) == expected
     assert count([*circuit.parameters(), *circuit.buffers()]) == expected
-    names = [name.rsplit(".", 1)[-1] for name in circuit.state_dict()]
-    assert sorted(names) == ["bias", "mask_logits", "temperature", "weight"]
+    assert sorted(layer.state_dict()) == ["bias", "mask_logits", "temperature", "weight"]
+    # A training checkpoint holds no frozen base.
+    assert sorted(circuit.state_dict()) == ["_extra_state", "wrapped_model.mask_logits", "wrapped_model.temperature"]
     held = {id(v) for v in vars(layer).values() if isinstance(v, torch.Tensor)}
     assert held == set()
 
@@ -422,7 +423,14 @@ def test_15_state_dict_and_config_hold_everything():
     file = io.BytesIO()
     torch.save(circuit.state_dict(), file)
     file.seek(0)
-    again = CircuitModel(CircuitConfig.from_json(config.to_json()), tiny.build(seed=1))
+    config_again = CircuitConfig.from_json(config.to_json())
+    other = CircuitModel(config_again, tiny.build(seed=1))
+    before = {name: param.clone() for name, param in other.named_parameters()}
+    with pytest.raises(ValueError, match=r"wrong base model.*bert\.encoder"):
+        other.load_state_dict(torch.load(file))
+    assert all(torch.equal(param, before[name]) for name, param in other.named_parameters())
+    file.seek(0)
+    again = CircuitModel(config_again, tiny.build())
     assert not torch.equal(again.eval()(**tiny.batch(0)).logits, expected)
     again.load_state_dict(torch.load(file))
     assert again.temperature == 17.25

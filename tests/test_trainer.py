@@ -298,6 +298,78 @@ def test_checkpoints_hold_masks_only_and_load_as_circuits(family, tmp_path):
         CircuitModel.from_pretrained(MODELS[family].build(seed=5), tmp_path / "saved")
 
 
+def test_a_tied_model_that_is_trained_along_is_saved_whole(tmp_path):
+    """GPT-2's tied weights: one name in the state stands for both, and training goes on from there."""
+    circuit = build("gpt2", freeze_base=False)
+    trainer = train(circuit, arguments(tmp_path), "gpt2")
+    trainer.save_model(str(tmp_path / "saved"))
+    import safetensors.torch
+
+    state = safetensors.torch.load_file(tmp_path / "saved" / "model.safetensors")
+    base = dict(circuit.wrapped_model.named_parameters())
+    assert all(torch.equal(state[f"wrapped_model.{name}"], param) for name, param in base.items())
+    other = build("gpt2", freeze_base=False)
+    assert str(other.load_state_dict(state)) == "<All keys matched successfully>"
+    assert torch.equal(other.wrapped_model.lm_head.weight, circuit.wrapped_model.transformer.wte.weight)
+    with pytest.raises(ValueError, match="trained with parts of its base"):
+        CircuitModel.from_pretrained(MODELS["gpt2"].build(), tmp_path / "saved")
+
+
+def test_states_that_cannot_be_read_are_refused(tmp_path):
+    import safetensors.torch
+
+    circuit, file = build("vit"), tmp_path / "model.safetensors"
+
+    def load(message, error=ValueError):
+        with pytest.raises(error, match=message):
+            CircuitModel.from_pretrained(MODELS["vit"].build(dropout=0.1), tmp_path)
+
+    state = circuit.state_dict()
+    safetensors.torch.save_file(state, file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    load("truncated or damaged")
+    file.write_bytes(b"")
+    load("truncated or damaged")
+    safetensors.torch.save_file({**state, "_extra_state": state["_extra_state"] + 1}, file)
+    load("_extra_state is not what state_dict")
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "_extra_state"}, file)
+    load("is not the state of one", FileNotFoundError)
+    name = next(n for n in state if n.endswith("mask_logits"))
+    safetensors.torch.save_file({**state, name: torch.full_like(state[name], float("nan"))}, file)
+    load("holds NaN")
+    safetensors.torch.save_file({n: t for n, t in state.items() if n != name}, file)
+    load("do not fit the saved config")
+    with pytest.raises(ValueError, match="_extra_state is not what state_dict"):
+        circuit.load_state_dict({**state, "_extra_state": torch.zeros(3)})
+
+
+def test_the_step_is_shared_by_labels_in_every_form_of_their_number():
+    """A tensor of any shape (DataParallel's replicas are given (1, 1)), or a plain number."""
+    circuit = build("gpt2")
+    batch = {name: torch.stack([row[name] for row in rows("gpt2", 4)]) for name in ("input_ids", "labels")}
+    own = int((batch["labels"][:, 1:] != -100).sum())
+    term = L0_LAMBDA * float(circuit.l0().detach())
+    with torch.no_grad():
+        base = float(circuit.wrapped_model(**batch, num_items_in_batch=3 * own).loss)
+    for number in (3 * own, torch.tensor(3 * own), torch.full((1, 1), 3 * own)):
+        assert float(circuit(**batch, num_items_in_batch=number).loss) == pytest.approx(base + term / 3, rel=1e-5)
+
+
+def test_question_answering_finds_its_labels(tmp_path):
+    """Trainer takes them from the class's name."""
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    model = BertForQuestionAnswering(
+        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    )
+    circuit = CircuitModel(CircuitConfig(target_layers="all-linear"), model)
+    trainer = Trainer(model=circuit, args=arguments(tmp_path))
+    assert trainer.label_names == ["start_positions", "end_positions"]
+    data = [{"input_ids": torch.arange(6), "start_positions": 1, "end_positions": 3}] * 4
+    assert math.isfinite(trainer.evaluate(data)["eval_loss"])
+
+
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     """A metric that is best in the middle: masks and temperature are those of that checkpoint."""
     circuit, seen = build("bert"), []
