@@ -296,7 +296,7 @@ class CircuitModel(nn.Module):
 
         Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. No
         effect in several processes, where DDP and FSDP need to see what autograd accumulates. Logits with hooks of
-        their own, ``torch.autograd.grad`` and ``backward(inputs=...)`` go through autograd all the same. Off by default.
+        their own, ``torch.autograd.grad`` and ``backward(inputs=...)`` go through autograd, too. Off by default.
         """
         if not isinstance(flag, bool):
             raise TypeError(f"flag must be True or False, got {flag!r}")
