@@ -51,6 +51,20 @@ def test_ddp_trains_as_one(results, optimizer):
 
 
 @case
+def own_loss():
+    found = in_ddp("MaskAdamW", add_l0=False, mask_hparams={"mask_bias": True})
+    del found["optimizer"]
+    return found
+
+
+def test_a_loss_of_ones_own(results):
+    """With l0 in shares of a half and one and a half."""
+    got, want = result(results, "own_loss"), by_hand("AdamW", add_l0=False, mask_hparams={"mask_bias": True})
+    assert_close(got["logits"], logits(want))
+    assert got["losses"] == pytest.approx(want.losses, rel=1e-5)
+
+
+@case
 def eight_bits():
     found = in_ddp("MaskAdamW", {"state_bits": 8})
     del found["optimizer"]

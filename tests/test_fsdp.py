@@ -164,7 +164,7 @@ def saved():
     circuits[1].save_pretrained(folder / "circuit")
     files = [path.name for path in (folder / "circuit").iterdir()]
     errors = [error_of(circuits[1].export), error_of(circuits[1].unload)]
-    return {**found, "folder": folder, "files": files, "errors": errors, "rewrapped": error_of(rewrap)}
+    return {**found, "folder": folder, "files": files, "errors": errors, "rewrapped": error_of(rewrap), "rounded": error_of(rounded)}
 
 
 def rewrap():
@@ -173,10 +173,16 @@ def rewrap():
     CircuitModel(build().circuit_config, fully_shard(two_processes.Net()))
 
 
+def rounded():
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    fully_shard(build(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))(**rows(0))
+
+
 def error_of(function) -> str:
     try:
         function()
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 
@@ -198,6 +204,7 @@ def test_a_sharded_circuit_is_saved_as_a_whole(results):
     assert len(got["files"]) == 2
     for name, error in zip(("export", "unload"), got["errors"], strict=True):
         assert error.startswith(f"NotImplementedError: {name}() needs whole weights")
+    assert "got torch.bfloat16; under FSDP give no MixedPrecisionPolicy(param_dtype=...)" in got["rounded"]
     assert "is sharded already: make the CircuitModel of the whole model first" in got["rewrapped"]
 
 

@@ -81,13 +81,13 @@ def mean(loss: torch.Tensor) -> float:
 
 
 def train(model, optimizer, circuit, dtype=torch.float32, rank=None, steps=STEPS, first=0) -> list[float]:
-    """Logged losses; a circuit without the l0 term in its loss gets it by hand."""
+    """Logged losses; a circuit without the l0 term in its loss gets it by hand, in each process another share of it."""
     losses = []
     for step in range(first, first + steps):
         circuit.temperature = 1.0 + step
         loss = model(**rows(step, dtype, rank))["loss"]
         if not circuit.circuit_config.add_l0:
-            loss = loss + L0_LAMBDA * circuit.l0()
+            loss = loss + (1.0 if rank is None else 0.5 + rank) * L0_LAMBDA * circuit.l0()
         loss.backward()
         optimizer.step(), optimizer.zero_grad()
         losses.append(mean(loss))
