@@ -37,7 +37,7 @@ def shard_circuit(
 
     Args:
         circuit: with masks of unit ``"weight"`` over frozen weights.
-        mesh: a ``DeviceMesh`` of one dimension; all processes by default.
+        mesh: a ``DeviceMesh`` of one dimension; by default all processes, on the type of device that the circuit is on.
         reduce_dtype: in which gradients of masked weights are added up over processes; by default in their own.
 
     Returns:
@@ -57,7 +57,7 @@ def shard_circuit(
     for name, layer in layers.items():
         _check(name, layer)
     if mesh is None:
-        device_type = "cpu" if torch.distributed.get_backend() == "gloo" else circuit.mask_parameters()[0].device.type
+        device_type = circuit.mask_parameters()[0].device.type
         mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     if mesh.ndim != 1:
         raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: give mesh[name] of the one to shard over")
@@ -81,7 +81,9 @@ def shard_circuit(
             if id(param) not in made:
                 made[id(param)] = sharded(param)
             setattr(layer, name, made[id(param)])
-        layer.to(device)
+        for tensor in (layer.bias, layer.bias_mask_logits, layer.temperature):
+            if tensor is not None:
+                tensor.data = tensor.data.to(device)
         layer.reduce_dtype = reduce_dtype
         layer.masked_weight.drop()
         if layer.bias_mask_logits is not None:

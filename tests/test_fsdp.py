@@ -18,12 +18,12 @@ def results(tmp_path_factory):
     return two_processes.run("test_fsdp", tmp_path_factory.mktemp("two"))
 
 
-def fsdp(circuit):
+def fsdp(circuit, mesh=None):
     from torch.distributed.fsdp import fully_shard
 
     for name in ("hidden", "gpt2", "one"):
-        fully_shard(getattr(circuit.wrapped_model, name))
-    return fully_shard(circuit)
+        fully_shard(getattr(circuit.wrapped_model, name), mesh=mesh)
+    return fully_shard(circuit, mesh=mesh)
 
 
 def sizes(circuit) -> dict[str, object]:
@@ -35,8 +35,8 @@ def sizes(circuit) -> dict[str, object]:
     }
 
 
-def trained(name: str, dtype=torch.float32, settings=None, **config) -> dict[str, object]:
-    circuit = fsdp(build(dtype, **config))
+def trained(name: str, dtype=torch.float32, settings=None, mesh=None, **config) -> dict[str, object]:
+    circuit = fsdp(build(dtype, **config), mesh)
     optimizer = OPTIMIZERS[name](circuit.mask_parameters(), **(settings or {}))
     losses = train(circuit, optimizer, circuit, dtype, torch.distributed.get_rank())
     return {"logits": logits(circuit), "losses": losses, "sizes": sizes(circuit)}
@@ -76,6 +76,19 @@ def kinds():
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_circuit_trains_as_one(results, kind):
     assert_as_one(result(results, "kinds")[kind], by_hand("SGD", **{**KINDS[kind], "execution": "reference"}))
+
+
+@case
+def hybrid():
+    """Replicas, of one shard each."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    return trained("SGD", mesh=mesh, add_l0=False, **ALL)
+
+
+def test_replicas_of_shards_train_as_one(results):
+    assert_as_one(result(results, "hybrid"), by_hand("SGD", add_l0=False, **ALL))
 
 
 CLIPPED = {"max_grad_norm": 0.05}
