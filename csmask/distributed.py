@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .circuit import CircuitModel
 from .masked_layer import MaskedLayer
+from .sharded_op import GatherAhead
 
 
 def shard_circuit(
@@ -21,8 +22,8 @@ def shard_circuit(
     """Spread the weights and logits of all masked layers over processes, in place.
 
     Each becomes a ``DTensor`` in shards along its dimension 0, on the mesh's device; any optimizer that steps DTensors
-    trains them. Masked weights are gathered when a layer runs and freed at once, in forward and again in backward, and
-    their gradients are averaged over processes where they are scattered. The logits of biases, which stay whole, are
+    trains them. Masked weights are gathered, each while the layer before it runs, and freed after their use, in forward
+    and again in backward, and their gradients are averaged over processes where they are scattered. The logits of biases, which stay whole, are
     averaged as their gradients come. Call this in every process, with the same circuit, before the optimizer is made.
     What else the model holds stays whole; ``fully_shard`` takes it where it is told to ignore what this returns::
 
@@ -32,8 +33,7 @@ def shard_circuit(
         fully_shard(circuit, mesh=mesh, ignored_params=ignored)
 
     Per weight in bf16 a process receives 2 bytes in forward, 2 in backward and 2 of gradients, less one share of each;
-    ``fully_shard`` alone gathers 6, 6 and 4. Nothing is gathered ahead of its use: where the network is slower than the
-    products, they wait for it.
+    ``fully_shard`` alone gathers 6, 6 and 4.
 
     Args:
         circuit: with masks of unit ``"weight"`` over frozen weights.
@@ -74,6 +74,8 @@ def shard_circuit(
         found = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
         return nn.Parameter(found, requires_grad=param.requires_grad)
 
+    ahead = GatherAhead()
+    circuit.register_forward_pre_hook(ahead.begin)
     made: dict[int, nn.Parameter] = {}
     for layer in layers.values():
         for name in ("weight", "mask_logits"):
@@ -84,7 +86,7 @@ def shard_circuit(
         for tensor in (layer.bias, layer.bias_mask_logits, layer.temperature):
             if tensor is not None:
                 tensor.data = tensor.data.to(device)
-        layer.reduce_dtype = reduce_dtype
+        layer.gather_ahead, layer.reduce_dtype = ahead, reduce_dtype
         layer.masked_weight.drop()
         if layer.bias_mask_logits is not None:
             layer.bias_mask_logits.register_post_accumulate_grad_hook(_Average(mesh))

@@ -16,7 +16,7 @@ from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
-from .sharded_op import ShardedUse
+from .sharded_op import GatherAhead, ShardedUse
 from .shards import Part, over_shards
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
@@ -77,7 +77,8 @@ class MaskedLayer(nn.Module):
     mask_unit: str
     mask_scale: float
     accumulate_in_kernel: bool
-    reduce_dtype: torch.dtype | None = None  # see ``sharded_op``
+    gather_ahead: GatherAhead | None = None  # see ``sharded_op``
+    reduce_dtype: torch.dtype | None = None
     layer_index: int
     masked_weight: MaskedWeight
     _execution: str
@@ -154,11 +155,16 @@ class MaskedLayer(nn.Module):
         l0, record.value = record.value if recorded else None, None
         # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
         if l0 is not None and l0.requires_grad == any(not self.is_hard(p) for p in self._logits()):
-            apart = record.shard_of is not None and bias_logits is not None
-            return [Part(l0, record.shard_of), *([self.bias_l0_part()] if apart else [])]
-        per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
-        parts = [self._l0_of(self.mask_logits, per_logit)]
-        return parts if bias_logits is None else [*parts, self.bias_l0_part()]
+            if record.shard_of is None or bias_logits is None:
+                return [Part(l0, record.shard_of)]
+            return [Part(l0, record.shard_of), self.bias_l0_part()]
+        weights = self._l0_of(self.mask_logits, reference.weights_per_logit(self.weight, self.mask_logits))
+        if bias_logits is None:
+            return [weights]
+        biases = self.bias_l0_part()
+        # Added up as forward adds them up, to the bit.
+        whole = weights.of is None and biases.of is None
+        return [Part(weights.value + biases.value)] if whole else [weights, biases]
 
     def bias_l0_part(self) -> Part:
         """The bias's part of ``l0()``, which the last forward may have left by itself."""
@@ -342,8 +348,9 @@ class MaskedLayer(nn.Module):
         if shards.is_sharded(x):
             raise NotImplementedError(shards.OTHER_SHARDS.format(found="an input that is a DTensor"))
         use = ShardedUse(
-            self.weight, self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, self.reduce_dtype
-        )
+            self.weight, self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale,
+            self.gather_ahead, self.reduce_dtype,
+        )  # fmt: skip
         bias, bias_l0 = self.masked_bias()
         out = self._masked_op(x, **mask, bias=bias, scale=self.mask_scale, lean=use)
         record = self.l0_record

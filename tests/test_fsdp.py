@@ -177,7 +177,14 @@ def saved():
     circuits[1].save_pretrained(folder / "circuit")
     files = [path.name for path in (folder / "circuit").iterdir()]
     errors = [error_of(circuits[1].export), error_of(circuits[1].unload)]
-    return {**found, "folder": folder, "files": files, "errors": errors, "rewrapped": error_of(rewrap), "rounded": error_of(rounded)}
+    return {
+        **found,
+        "folder": folder,
+        "files": files,
+        "errors": errors,
+        "rewrapped": error_of(rewrap),
+        "rounded": error_of(rounded),
+    }
 
 
 def rewrap():

@@ -193,21 +193,25 @@ def test_what_cannot_be_sharded_says_so(results):
 
 @case
 def exchanged():
-    """Bytes that each process receives in one forward and backward, by collective."""
+    """What each process exchanges in a forward and backward, and when: the first, and the third one.
+
+    Returns by way and pass: (name, bytes) of collectives, and the names of matrix products between them.
+    """
     from torch.distributed.fsdp import fully_shard
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from csmask import CircuitConfig, CircuitModel
 
-    counts: dict[str, dict] = {}
+    found: dict[str, list[list]] = {}
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = function.name()
             if name.startswith("c10d::"):
                 tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if torch.is_tensor(t)]
-                found = counts[how]
-                found[name] = found.get(name, 0) + max(t.nbytes for t in tensors)
+                events.append((name.removeprefix("c10d::_"), max(t.nbytes for t in tensors)))
+            elif name in ("aten::mm", "aten::addmm"):
+                events.append(("product", 0))
             return function(*args, **(kwargs or {}))
 
     for how in ("shard_circuit", "fully_shard"):
@@ -219,16 +223,125 @@ def exchanged():
             fully_shard(circuit)
         else:
             shard_circuit(circuit)
-        counts[how] = {}
-        with Counting():
-            circuit(torch.ones(4, 16, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-    return counts
+        found[how] = []
+        for _ in range(3):
+            events = []
+            with Counting():
+                circuit(torch.ones(4, 16, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+            found[how].append(events)
+    return found
 
 
 def test_two_bytes_per_weight_are_gathered(results):
     weights = 3 * 16 * 16
     for how, gathered, scattered in (("shard_circuit", 2 + 2, 2), ("fully_shard", 6 + 6, 4)):
-        got = result(results, "exchanged")[how]
-        assert got.pop("c10d::_allgather_base_") == gathered * weights, how
-        assert got.pop("c10d::_reduce_scatter_base_") == scattered * weights, how
-        assert not got
+        for events in (result(results, "exchanged")[how][i] for i in (0, 2)):
+            assert sum(n for name, n in events if name == "allgather_base_") == gathered * weights, how
+            assert sum(n for name, n in events if name == "reduce_scatter_base_") == scattered * weights, how
+            assert {name for name, _ in events} <= {"allgather_base_", "reduce_scatter_base_", "product"}
+
+
+def test_the_next_masked_weight_is_on_its_way_while_a_layer_computes(results):
+    """From the second pass on, when the order is known: at every product but the last layer's, one has been asked for."""
+    first, _, third = (
+        "".join({"allgather_base_": "g", "reduce_scatter_base_": "s", "product": "p"}[name] for name, _ in events)
+        for events in result(results, "exchanged")["shard_circuit"]
+    )
+    assert first == "gp" * 3 + "gpps" * 3
+    assert third == "ggpgpp" + "ggppsgppspps"
+
+
+class Wanderer(torch.nn.Module):
+    """Runs its layers in whatever order it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x, order):
+        for i in order:
+            x = torch.tanh(self.layers[i](x))
+        return x
+
+
+def wander(shard: bool) -> list[torch.Tensor]:
+    """Outputs and gradients, with changes that make what is on its way out of date."""
+    from csmask import CircuitConfig, CircuitModel
+
+    circuit = CircuitModel(CircuitConfig(target_layers="all", mask_hparams={"mask_init_value": 0.3}), Wanderer())
+    if shard:
+        shard_circuit(circuit)
+    layers = circuit.wrapped_model.layers
+    found = []
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    for step, order in enumerate([(0, 1, 2), (0, 1, 2), (0, 2), (0, 0, 1, 2, 1), (2, 1, 0), (2, 1, 0), (0, 1, 2)]):
+        circuit.train(step != 4)
+        found.append(circuit(x, order).detach())
+        if step != 4:
+            circuit(x, order).square().sum().backward()
+        # The second layer's weight is asked for while the first computes: then its logits change.
+        hidden = layers[0](x)
+        with torch.no_grad():
+            circuit.temperature = 1.5 + step
+            for param in circuit.mask_parameters():
+                param.mul_(-0.9)
+        found.append(layers[1](hidden).detach())
+    return [*found, *(two_processes.whole(p.grad) for p in circuit.mask_parameters())]
+
+
+@case
+def wandering():
+    return wander(shard=True)
+
+
+def test_an_order_that_changes_is_only_slower(results):
+    for got, want in zip(result(results, "wandering"), wander(shard=False), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@case
+def transformer():
+    """A Llama that checkpoints, and whose blocks are FSDP's units, by every way of training in several processes."""
+    from models import MODELS
+    from torch.distributed.fsdp import fully_shard
+
+    rank, found = torch.distributed.get_rank(), {}
+    for how in ("ddp", "fully_shard", "shard_circuit"):
+        circuit = llama()
+        ignored = shard_circuit(circuit) if how == "shard_circuit" else None
+        if how != "ddp":
+            for block in circuit.wrapped_model.get_submodule(MODELS["llama"].block):
+                fully_shard(block, ignored_params=ignored)
+            fully_shard(circuit, ignored_params=ignored)
+        model = torch.nn.parallel.DistributedDataParallel(circuit) if how == "ddp" else circuit
+        optimizer = OPTIMIZERS["MaskAdamW"](circuit.mask_parameters())
+        for step in range(3):
+            model(**MODELS["llama"].batch(2 * step + rank)).loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+        found[how] = logits(circuit)
+    return found
+
+
+def llama(**config):
+    from models import MODELS
+
+    from csmask import CircuitConfig, CircuitModel
+
+    settings = {"target_layers": "all-linear", "l0_lambda": 1e-3, "mask_hparams": {"mask_init_value": 0.1}, **config}
+    circuit = CircuitModel(CircuitConfig(**settings), MODELS["llama"].build(dropout=0.1))
+    circuit.gradient_checkpointing_enable({"use_reentrant": False})
+    return circuit
+
+
+@pytest.mark.parametrize("how", ["ddp", "fully_shard", "shard_circuit"])
+def test_a_transformer_that_checkpoints(results, how):
+    from models import MODELS
+
+    want = llama(execution="reference")
+    optimizer = OPTIMIZERS["AdamW"](want.mask_parameters())
+    for step in range(3):
+        halves = [MODELS["llama"].batch(2 * step + rank) for rank in range(2)]
+        want(**{name: torch.cat([half[name] for half in halves]) for name in halves[0]}).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert_close(result(results, "transformer")[how], logits(want))

@@ -94,9 +94,13 @@ def train(model, optimizer, circuit, dtype=torch.float32, rank=None, steps=STEPS
     return losses
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a sharded tensor the whole."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def logits(circuit: CircuitModel) -> torch.Tensor:
-    params = (p.detach() for p in circuit.mask_parameters())
-    return torch.cat([(p.full_tensor() if hasattr(p, "full_tensor") else p).flatten() for p in params])
+    return torch.cat([whole(p.detach()).flatten() for p in circuit.mask_parameters()])
 
 
 def by_hand(optimizer: str = "AdamW", dtype=torch.float32, settings=None, **config) -> CircuitModel:
