@@ -214,7 +214,7 @@ def exchanged():
                 events.append(("product", 0))
             return function(*args, **(kwargs or {}))
 
-    for how in ("shard_circuit", "fully_shard"):
+    for how in ("shard_circuit", "in fp32", "fully_shard"):
         net = torch.nn.Sequential(*(torch.nn.Linear(16, 16, bias=False) for _ in range(3))).bfloat16()
         circuit = CircuitModel(CircuitConfig(target_layers="all"), net)
         if how == "fully_shard":
@@ -222,7 +222,7 @@ def exchanged():
                 fully_shard(layer)
             fully_shard(circuit)
         else:
-            shard_circuit(circuit)
+            shard_circuit(circuit, reduce_dtype=torch.float32 if how == "in fp32" else None)
         found[how] = []
         for _ in range(3):
             events = []
@@ -234,7 +234,7 @@ def exchanged():
 
 def test_two_bytes_per_weight_are_gathered(results):
     weights = 3 * 16 * 16
-    for how, gathered, scattered in (("shard_circuit", 2 + 2, 2), ("fully_shard", 6 + 6, 4)):
+    for how, gathered, scattered in (("shard_circuit", 4, 2), ("in fp32", 4, 4), ("fully_shard", 12, 4)):
         for events in (result(results, "exchanged")[how][i] for i in (0, 2)):
             assert sum(n for name, n in events if name == "allgather_base_") == gathered * weights, how
             assert sum(n for name, n in events if name == "reduce_scatter_base_") == scattered * weights, how
@@ -242,7 +242,7 @@ def test_two_bytes_per_weight_are_gathered(results):
 
 
 def test_the_next_masked_weight_is_on_its_way_while_a_layer_computes(results):
-    """From the second pass on, when the order is known: at every product but the last layer's, one has been asked for."""
+    """From the second pass on, when the order is known: at every product but the last layer's, one is asked for."""
     first, _, third = (
         "".join({"allgather_base_": "g", "reduce_scatter_base_": "s", "product": "p"}[name] for name, _ in events)
         for events in result(results, "exchanged")["shard_circuit"]
