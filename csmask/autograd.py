@@ -5,17 +5,42 @@ Arguments were checked by ``functional``. First derivatives only; for higher one
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from ._ops import ops
 
 # Devices whose kernels take a weight in blocks that stay in the cache.
 _IN_BLOCKS = ("cpu",)
+_SECOND = (
+    "masked operations have first derivatives only, and this one would be a second (create_graph=True): "
+    "circuit.set_execution('reference') has all of them, without csmask's kernels"
+)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``backward`` whose results raise when they are differentiated, with what to do.
+
+    ``torch.autograd.function.once_differentiable`` has them raise only if a gradient that came in has a graph. If none
+    has, they depend on weight and logits all the same, and a term of the second derivative would be missing unseen.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return found
+        found = found if isinstance(found, tuple) else (found,)
+        refuse: Any = torch._C._functions.DelayedError(_SECOND.encode(), len(found))
+        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+
+    return run
 
 
 class MaskSum(torch.autograd.Function):
@@ -33,7 +58,7 @@ class MaskSum(torch.autograd.Function):
         return l0
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dl0: Tensor) -> tuple[Tensor | None, ...]:
         mask_logits, temperature = ctx.saved_tensors
         zero = mask_logits.new_zeros(()).expand(mask_logits.shape)  # takes no memory
@@ -58,7 +83,7 @@ class Materialize(torch.autograd.Function):
         return ops.materialize(weight, mask_logits, temperature, hard, scale, dtype)[:2]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dmasked_weight: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, mask_logits, temperature = ctx.saved_tensors
         dweight, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature, dl0)
@@ -78,7 +103,7 @@ class KeptMaskedWeight(torch.autograd.Function):
         return value.detach(), l0.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dmasked_weight: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, mask_logits, temperature = ctx.saved_tensors
         _, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature, dl0)
@@ -172,7 +197,7 @@ class MaskedOp(torch.autograd.Function):
         return out, l0
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mask_logits, temperature = ctx.saved_tensors
         mask = (weight, mask_logits, temperature)
@@ -330,7 +355,7 @@ class NeuronOp(torch.autograd.Function):
         return out, l0
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, unscaled, weight, mask_logits, temperature = ctx.saved_tensors
         dx = dweight = dbias = None
@@ -362,7 +387,7 @@ class BitmaskLinear(torch.autograd.Function):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, bits = ctx.saved_tensors
         dx = dbias = None

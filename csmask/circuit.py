@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -16,9 +17,10 @@ from . import checkpoint, shards, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
-from .functional import check_temperature
+from .functional import check_temperature, check_weight_dtype
 from .layers import MaskedLayer, check_execution
 from .loss import L0Rider, add_to_loss, gives_labels, share_of_step
+from .masked_layer import check_numbers
 from .masked_leaf import whole_groups
 from .masked_weight import KEEP_MODES
 from .philox import check_seed
@@ -133,7 +135,7 @@ class CircuitModel(nn.Module):
             record.gathered = shards.is_sharded(layer._parameters["mask_logits"])
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
-        if self._bypass_checked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._bypass_checked:  # a graph is to know nothing of the second
             return self.wrapped_model(*args, **kwargs)
         with warn_of_bypassed(self.wrapped_model, self.masked_layers):
             output = self.wrapped_model(*args, **kwargs)
@@ -180,6 +182,17 @@ class CircuitModel(nn.Module):
                 layer.masked_weight.drop()  # soft masks are of no use in evaluation, nor hard ones in training
             layer.training = mode
         return self
+
+    def to(self, *args: Any, **kwargs: Any) -> CircuitModel:
+        """As any module's ``to``; logits and temperature keep fp32.
+
+        Raises:
+            TypeError: a dtype that masked layers cannot compute in; nothing is changed.
+        """
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        if dtype is not None:
+            check_weight_dtype(dtype)
+        return super().to(*args, **kwargs)
 
     # Masks
 
@@ -429,12 +442,18 @@ class CircuitModel(nn.Module):
         """``l0``, ``kept_fraction``, ``undecided_fraction``, ``temperature`` and ``l0_lambda``, as they are now.
 
         Reads from the device. In ``per_step`` execution the sums and counts are those that the step has left.
+
+        Raises:
+            ValueError: a layer whose logits hold NaN, by its name.
         """
         maskable = max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         kept, undecided = (self._count() / maskable).tolist()
+        l0 = float(self.l0("sum"))
+        if math.isnan(l0):
+            self.check_logits()
         control = self.l0_control
         return {
-            "l0": float(self.l0("sum")),
+            "l0": l0,
             "kept_fraction": kept,
             "undecided_fraction": undecided,
             "temperature": self.temperature,
@@ -442,15 +461,24 @@ class CircuitModel(nn.Module):
         }
 
     def undecided_fraction(self) -> float:
-        """Share of weights with ``|T * S| < 4``, whose soft mask is still well between 0 and 1."""
+        """Share of weights with ``|T * S| < 4``, whose soft mask is still well between 0 and 1.
+
+        Raises:
+            ValueError: a layer whose logits hold NaN, which would look decided.
+        """
+        self.check_logits()
         layers = self.masked_layers.values()
         return sum(layer.undecided() for layer in layers) / max(1, sum(layer.maskable for layer in layers))
 
     def check_logits(self) -> None:
-        """Raise a ``ValueError`` that names the layer if any mask logits hold NaN."""
+        """Raise a ``ValueError`` that names the layer if any mask logits hold NaN; reads all of them.
+
+        One NaN in a batch makes all that it reaches NaN. No step looks, since that would wait for the device; what
+        reports does: ``telemetry()``, statistics, ``TemperatureSchedule.finished()``, ``TemperatureCallback``, saving.
+        Infinite logits are masks that are decided for good.
+        """
         for name, param in self.named_mask_parameters():
-            if shards.over_shards(param.detach(), lambda s: torch.isnan(s).any().int()):
-                raise ValueError(f"{name} holds NaN: the training diverged; lower the learning rate")
+            check_numbers(name, param)
 
     # Ablation
 

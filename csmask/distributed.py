@@ -23,8 +23,9 @@ def shard_circuit(
 
     Each becomes a ``DTensor`` in shards along its dimension 0, on the mesh's device; any optimizer that steps DTensors
     trains them. Masked weights are gathered, each while the layer before it runs, and freed after their use, in forward
-    and again in backward, and their gradients are averaged over processes where they are scattered. The logits of biases, which stay whole, are
-    averaged as their gradients come. Call this in every process, with the same circuit, before the optimizer is made.
+    and again in backward, and their gradients are averaged over processes where they are scattered. The logits of
+    biases, which stay whole, are averaged as their gradients come. Call this in every process, with the same circuit,
+    before the optimizer is made.
     What else the model holds stays whole; ``fully_shard`` takes it where it is told to ignore what this returns::
 
         ignored = shard_circuit(circuit, mesh)

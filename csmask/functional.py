@@ -41,10 +41,15 @@ def check_temperature(temperature: float) -> float:
     return value
 
 
+def check_weight_dtype(dtype: torch.dtype) -> None:
+    """Raise unless weights of this dtype can be masked."""
+    if dtype not in _FLOATS:
+        raise TypeError(f"weight must have dtype float16, bfloat16, float32 or float64, got {dtype}")
+
+
 def check_masked_weight(weight: Tensor, mask_logits: Tensor, name: str = "mask_logits") -> None:
     """Raise unless ``mask_logits`` can mask ``weight``: dtypes, device, and a shape of unit weight or neuron."""
-    if weight.dtype not in _FLOATS:
-        raise TypeError(f"weight must have dtype float16, bfloat16, float32 or float64, got {weight.dtype}")
+    check_weight_dtype(weight.dtype)
     if mask_logits.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must have dtype float32 or float64 (lower ones lose updates), got {mask_logits.dtype}; under FSDP "

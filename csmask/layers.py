@@ -170,6 +170,7 @@ def mask_layer(
     rescale: bool = False,
     execution: str = "auto",
     layer_index: int = 0,
+    layer_name: str = "",
 ) -> MaskedLayer:
     """Mask one layer in place and return it.
 
@@ -179,6 +180,7 @@ def mask_layer(
         mask_unit, mask_bias, mask_init_value, rescale, execution: as in ``CircuitConfig``. A layer without a bias has
             none to mask.
         layer_index: which random stream the layer's ablations draw from.
+        layer_name: what messages call it.
 
     Raises:
         TypeError: not a layer that can be masked.
@@ -204,7 +206,7 @@ def mask_layer(
     module.execution = execution
     module.accumulate_in_kernel = False
     module.l0_record = L0Record()
-    module.layer_index = layer_index
+    module.layer_index, module.layer_name = layer_index, layer_name
     module.use_masks = True
     module.ablation, module.ablation_seed = "none", 0
     module.clear_ablation_cache()
@@ -230,7 +232,7 @@ def unmask_layer(module: Any) -> nn.Module:
     return module
 
 
-_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "accumulate_in_kernel")
+_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "layer_name", "accumulate_in_kernel")
 _STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "l0_record", "leaf")
 _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 

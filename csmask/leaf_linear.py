@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .masked_leaf import MaskedLeaf, is_asked_for
@@ -25,13 +24,13 @@ class _LeafLinear(Function):
         return reference.apply_linear(x, value.detach(), bias, transposed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x,), value = ctx.saved_tensors, ctx.value
         ctx.leaf.check_value(value)
         dx = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = reference.apply_linear(dout, value.detach(), None, not ctx.transposed)
+            # With create_graph=True the value has a part in the gradient's graph.
+            dx = reference.apply_linear(dout, value, None, not ctx.transposed)
         rows = dout.reshape(-1, dout.shape[-1])
         inputs = x.reshape(-1, x.shape[-1])
         if is_asked_for(value):

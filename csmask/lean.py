@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ._ops import ops
-from .autograd import _dense_backward, _dense_forward
+from .autograd import _dense_backward, _dense_forward, first_derivative_only
 from .masked_leaf import LEAN_ELSE, REPLACED, SECOND, MaskedLeaf, grad_so_far, is_asked_for, wide
 
 _SPENT = (
@@ -120,7 +119,9 @@ class LeanLeaf(MaskedLeaf):
         """
         self._uses.discard(use)
         self._sum = dmasked_weight if self._sum is None else wide(self._sum).add_(dmasked_weight)
-        if not self._uses:
+        # A penalty on the logits has a way of its own to them: it may need them as they are, or its gradient may still
+        # come. Then the turn is for ``step`` to take.
+        if not self._uses and not is_asked_for(self.mask_logits):
             self._take_turn(memory)
 
     def take_turn(self) -> None:
@@ -185,7 +186,7 @@ class LeanOp(torch.autograd.Function):
         return _dense_forward(x, masked_weight, bias, geometry)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         leaf = ctx.leaf
         leaf.check_use(ctx.use)

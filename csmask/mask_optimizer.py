@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ._ops import ops
-from .masked_layer import layers_of
-from .masked_leaf import LeafGroup, MaskedLeaf, grad_so_far, leaf_of
+from .masked_layer import check_numbers, layers_of
+from .masked_leaf import LEAN_ELSE, LeafGroup, MaskedLeaf, grad_so_far, leaf_of
 from .shards import in_several_processes, is_sharded, whole
 
 
@@ -226,6 +226,21 @@ class _MaskOptimizer(Optimizer):
 
     # Lean mode
 
+    def check_unscaled(self) -> None:
+        """Raise if a loss that is scaled does not go with this optimizer: lean mode steps by what backward has."""
+        if any(leaf.is_lean for leaf in self._own_leaves()):
+            raise RuntimeError(
+                "a GradScaler can neither unscale gradients that lean mode has used up inside backward nor skip that "
+                "step, and what a scaled backward has stepped is spoilt: begin again with bf16 instead of a GradScaler"
+                + LEAN_ELSE
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a ``GradScaler`` asks an optimizer before it looks for gradients of its parameters."""
+        self.check_unscaled()
+        return False
+
     def _begin_turns(self) -> None:
         self._turn_norms, self._last_factor = [], None
 
@@ -248,6 +263,9 @@ class _MaskOptimizer(Optimizer):
         """``l0``, ``kept_fraction`` and ``undecided_fraction`` of layers in ``per_step`` execution, as they are now.
 
         Reads from the device: everything before has to finish. The counts cost no pass of their own after a step.
+
+        Raises:
+            ValueError: a layer whose logits hold NaN, by its name.
         """
         l0 = kept = undecided = 0.0
         weights = 0
@@ -261,7 +279,11 @@ class _MaskOptimizer(Optimizer):
                         for leaf in group.leaves]  # fmt: skip
                 with torch.inference_mode(False):
                     counts = group.counts = torch.stack(sums).clone()
-            l0 += float(group.l0s.detach().sum())
+            sums = group.l0s.detach().tolist()
+            if any(map(math.isnan, sums)):
+                for layer in layers_of(leaf.mask_logits for leaf in group.leaves):
+                    check_numbers(f"{layer.layer_name}.mask_logits", layer.mask_logits)
+            l0 += sum(sums)
             k, u = counts.sum(0).tolist()
             kept, undecided = kept + k, undecided + u
             weights += sum(leaf.weight.numel() for leaf in group.leaves)

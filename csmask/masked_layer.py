@@ -29,6 +29,15 @@ def layers_of(params: Iterable[Tensor]) -> list[MaskedLayer]:
     return [by_logits[id(param)] for param in params if id(param) in by_logits]
 
 
+def check_numbers(name: str, mask_logits: Tensor) -> None:
+    """Raise a ``ValueError`` that names the logits if they hold NaN; infinite ones are masks decided for good."""
+    if over_shards(mask_logits.detach(), lambda s: torch.isnan(s).any().int()):
+        raise ValueError(
+            f"{name} holds NaN: the training diverged, or a batch held NaN; go back to a checkpoint, and lower the "
+            "learning rate or look at the batches"
+        )
+
+
 def check_execution(execution: str) -> str:
     """The execution, if this version has one of that name."""
     if execution not in EXECUTIONS:
@@ -61,6 +70,7 @@ class MaskedLayer(nn.Module):
         use_masks: False to use the plain dense weights.
         ablation, ablation_seed: the ablation mode of evaluation and the seed of its draws.
         execution: when the mask is computed; see ``CircuitConfig``.
+        layer_name, layer_index: for messages, and which random stream ablations draw from.
         accumulate_in_kernel: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
     """
 
@@ -80,6 +90,7 @@ class MaskedLayer(nn.Module):
     gather_ahead: GatherAhead | None = None  # see ``sharded_op``
     reduce_dtype: torch.dtype | None = None
     layer_index: int
+    layer_name: str
     masked_weight: MaskedWeight
     _execution: str
     l0_record: L0Record
@@ -251,13 +262,12 @@ class MaskedLayer(nn.Module):
         if self.execution not in ("auto", "per_step"):
             return self.execution
         device = self.weight.device
-        if self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
+        # While compiling, the number of rows is a symbol that a choice would pin to one value.
+        if torch.compiler.is_compiling() or self.mask_unit != "weight" or device.type not in ("cpu", "cuda"):
             return "per_forward"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
-        # While compiling, the number of rows is a symbol that a choice would pin to one value.
-        rows = None if torch.compiler.is_compiling() else self._rows(x)
-        return cost.choose(rows, self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
+        return cost.choose(self._rows(x), self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
@@ -347,6 +357,8 @@ class MaskedLayer(nn.Module):
         mask = {"weight": self.weight, "mask_logits": self.mask_logits, "temperature": self.temperature}
         if shards.is_sharded(x):
             raise NotImplementedError(shards.OTHER_SHARDS.format(found="an input that is a DTensor"))
+        if self.execution == "reference":
+            raise ValueError('execution "reference" needs whole weights, and these are sharded: choose "auto"')
         use = ShardedUse(
             self.weight, self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale,
             self.gather_ahead, self.reduce_dtype,

@@ -39,6 +39,11 @@ _CHANGED = (
     "{what} changed after a backward whose gradient still waits for the optimizer: call optimizer.step() or "
     "optimizer.zero_grad() first (setting circuit.temperature takes the gradient along)"
 )
+_NO_GRAPH = (
+    "in per_step execution the gradient of the logits waits for the optimizer as a number, without the graph that "
+    "backward(create_graph=True) asks for: to differentiate it, call circuit.set_execution('reference'). What "
+    "torch.autograd.grad(loss, inputs, create_graph=True) gives can be differentiated"
+)
 
 
 def leaf_of(mask_logits: Tensor) -> MaskedLeaf | None:
@@ -66,9 +71,15 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
     return hook
 
 
+def refuse_graph() -> None:
+    """Within backward: raise if the gradients that it leaves are to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(_NO_GRAPH)
+
+
 def is_asked_for(leaf: Tensor) -> bool:
     """Within backward: whether it is for the leaf too, as those of ``torch.autograd.grad`` need not be."""
-    return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
+    return leaf.requires_grad and torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
 
 
 class DeferredLogits(nn.Parameter):
@@ -197,6 +208,7 @@ class LeafGroup:
 
     def _note_dl0(self, l0s: Tensor) -> None:
         grad, l0s.grad = l0s.grad, None
+        refuse_graph()
         if any(leaf.spent for leaf in self.leaves):
             raise RuntimeError(SECOND if l0s is self.l0s else _LATE)
         if l0s is not self.l0s:
@@ -368,6 +380,9 @@ class MaskedLeaf:
         if value is not self.value:
             value.grad = None
             raise RuntimeError(REPLACED)
+        if torch.is_grad_enabled():
+            value.grad = None
+            refuse_graph()
         if grad is None or (self._sum is None and grad.dtype.itemsize >= 4):
             return
         value.grad = None
@@ -379,7 +394,8 @@ class MaskedLeaf:
             raise RuntimeError(REPLACED)
 
     def receive_product(self, a: Tensor, b: Tensor) -> None:
-        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called without gradients."""
+        """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called within backward."""
+        refuse_graph()
         value = self.value
         assert value is not None
         total, value.grad = self.dmasked_weight, None

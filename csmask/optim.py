@@ -59,13 +59,15 @@ class MaskAdamW(_MaskOptimizer):
         maximize: go up.
         lean: step each layer inside backward, as soon as its gradient is complete: neither masked weights nor
             gradients stay in memory, only weights, logits and states (14 bytes per weight where weights are bf16).
-            ``step()`` ends the step. The learning rate is that at the time of backward; schedulers that run after
-            ``step()`` work as ever. ``max_grad_norm`` clips by the norm of the step before, and the first step not at
-            all. Raises, with what to do: several backwards per step (gradient accumulation needs ``lean=False``: 4
-            more bytes per weight in bf16, 8 in fp32), to clear gradients before ``step()``, to look at them where
-            ``max_grad_norm`` is not given (where it is, infinity or not, there are none to be seen: what others clip
-            is for it to do), l0 whose gradient comes after the layers', several processes. Neuron masks, masked
-            biases, logits with hooks and layers whose base is trained too keep ordinary gradients.
+            ``step()`` ends the step, and takes that of layers whose logits have a penalty beside the layer in the same
+            backward: their gradients wait for it. The learning rate is that at the time of backward; schedulers that
+            run after ``step()`` work as ever. ``max_grad_norm`` clips by the norm of the step before, and the first
+            step not at all. Raises, with what to do: several backwards per step (gradient accumulation needs
+            ``lean=False``: 4 more bytes per weight in bf16, 8 in fp32), a ``GradScaler``, to clear gradients before
+            ``step()``, to look at them where ``max_grad_norm`` is not given (where it is, infinity or not, there are
+            none to be seen: what others clip is for it to do), l0 whose gradient comes after the layers', several
+            processes. Neuron masks, masked biases, logits with hooks and layers whose base is trained too keep
+            ordinary gradients.
         state_bits: 8 keeps the states of layers in ``per_step`` execution in 8 bits (``state_codes``): 2.02 bytes per
             weight instead of 8, and nearly the same circuit; those of other parameters stay as they are. States of
             either kind load into an optimizer of the other and are converted at its next step.

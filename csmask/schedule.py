@@ -122,10 +122,10 @@ class TemperatureSchedule:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if self.t >= self.total:
+            self.circuit.check_logits()  # NaN goes on to the end, and looks pruned there
             return True
         if max_undecided is None or self.t == 0 or self.t % every:
             return False
-        self.circuit.check_logits()  # NaN looks decided
         return self.circuit.undecided_fraction() < max_undecided
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import shards
 from ._ops import ops
-from .autograd import _dense_backward, _dense_forward
+from .autograd import _dense_backward, _dense_forward, first_derivative_only
 
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """What makes a masked weight: shards of weight and logits, without history, and the mask; ``whole`` is the weight."""
+    """What makes a masked weight: shards of weight and logits, without history, and the mask; ``whole``: the weight."""
 
     whole: Any
     weight: Tensor
@@ -182,7 +181,7 @@ class ShardedOp(Function):
         return out, l0
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mask_logits, temperature = ctx.saved_tensors
         use, mask = ctx.use, (weight, mask_logits, temperature)

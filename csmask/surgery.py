@@ -125,6 +125,8 @@ def _all_layers(model: nn.Module, names: dict[str, nn.Module], linear_only: bool
         kind = maskable_type(type(module))
         if kind is None or id(module) in heads or (linear_only and kind[0] in (nn.Conv1d, nn.Conv2d)):
             continue
+        if isinstance(module, MaskedLayer):
+            check_layer(name, module, names)  # raises: none to leave out, the model has a circuit
         reason = unmaskable_reason(module, names)
         if reason is None:
             found.append(name)
@@ -200,6 +202,7 @@ def swap_in(targets: dict[str, nn.Module], config: CircuitConfig) -> dict[str, M
             rescale=hparams["rescale"],
             execution=config.execution,
             layer_index=index,
+            layer_name=name,
         )
     return masked
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .circuit import CircuitModel
 from .loss import L0Rider
+from .mask_optimizer import _MaskOptimizer
 from .schedule import TemperatureSchedule, temperature_at
 
 UNITS = ("step", "epoch")
@@ -34,8 +35,9 @@ class TemperatureCallback(TrainerCallback):
             other callback; to have these values there, pass them as callbacks after this one.
 
     Raises:
-        ValueError, TypeError: a setting that the schedule does not take; in training, a model without a circuit, or an
-            ``l0_target`` with ``per="epoch"``.
+        ValueError, TypeError: a setting that the schedule does not take; in training, a model without a circuit, an
+            ``l0_target`` with ``per="epoch"``, or, before a log, an evaluation or a save, logits that hold NaN.
+        RuntimeError: fp16 with an optimizer in lean mode.
     """
 
     def __init__(
@@ -60,6 +62,10 @@ class TemperatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.circuit = circuit = circuit_in(kwargs["model"])
+        wrapper = kwargs.get("optimizer")
+        scaler, optimizer = getattr(wrapper, "scaler", None), getattr(wrapper, "optimizer", wrapper)
+        if scaler is not None and isinstance(optimizer, _MaskOptimizer):
+            optimizer.check_unscaled()
         total, done = state.max_steps, state.global_step
         if self.per == "epoch":
             if circuit.circuit_config.l0_target is not None:
@@ -68,7 +74,6 @@ class TemperatureCallback(TrainerCallback):
         settings = {"total": total, "max_temperature": self.max_temperature, "kind": self.kind}
         self.schedule = TemperatureSchedule(circuit, **settings)
         self.schedule.load_state_dict({**settings, "t": done})
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         circuit.l0_rider = L0Rider() if scaler is None else L0Rider(scaler.get_scale)
 
     def on_step_begin(
@@ -79,6 +84,7 @@ class TemperatureCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.schedule is not None
+        self._check_logits(control)
         if self.per == "step":
             self.schedule.step()
             if self.max_undecided is not None and self.schedule.finished(self.max_undecided):
@@ -88,10 +94,17 @@ class TemperatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         assert self.schedule is not None
+        self._check_logits(control)
         if self.per == "epoch":
             self.schedule.step()
             if self.max_undecided is not None and self.schedule.finished(self.max_undecided, every=1):
                 control.should_training_stop = True
+
+    def _check_logits(self, control: TrainerControl) -> None:
+        """Before anything is logged, evaluated, saved or done: NaN would go on, and looks pruned in evaluation."""
+        assert self.circuit is not None
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.circuit.check_logits()
 
     def on_log(
         self,

@@ -620,6 +620,7 @@ def test_generate_uses_the_masks(name):
 # Compilation
 
 
+@pytest.mark.dropin
 @pytest.mark.parametrize("name", ["bert", "gpt2", "resnet"])
 def test_compiles_into_one_graph_that_no_temperature_change_recompiles(name):
     tiny = MODELS[name]
@@ -685,6 +686,7 @@ def test_the_operators_are_what_a_masked_layer_calls(monkeypatch):
 # Mixed precision
 
 
+@pytest.mark.dropin
 @pytest.mark.parametrize("execution", ["auto", "reference"])
 @every_family
 def test_autocast_gives_the_numbers_of_the_masked_dense_model_under_autocast(tiny, execution):

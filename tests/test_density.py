@@ -347,6 +347,7 @@ def test_copies_have_a_lambda_of_their_own(duplicate):
     assert float(other.l0_lambda) == 7.0
 
 
+@pytest.mark.dropin
 @pytest.mark.parametrize("execution", ["per_step", "reference"])
 def test_a_compiled_circuit_sees_lambda_change_and_compiles_once(execution):
     torch._dynamo.reset()

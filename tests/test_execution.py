@@ -669,6 +669,7 @@ def test_auto_counts_rows():
 # torch.compile
 
 
+@pytest.mark.dropin
 @pytest.mark.parametrize(
     ("name", "execution"),
     [*(("plain", execution) for execution in EXECUTIONS), ("bert", "in_kernel"), ("gpt2", "auto")],

@@ -73,6 +73,7 @@ def assert_same_gradients(tiny: TinyModel, use_reentrant: bool, gradients: list,
             assert torch.equal(gradient, wanted)
 
 
+@pytest.mark.dropin
 @reentrant
 @checkpointing_models
 def test_checkpointing_recomputes_every_block_with_the_same_numbers(tiny, use_reentrant):
@@ -96,6 +97,7 @@ def test_checkpointing_recomputes_every_block_with_the_same_numbers(tiny, use_re
     assert torch.equal(copy.deepcopy(checkpointed)(**batch).loss, expected_loss)
 
 
+@pytest.mark.dropin
 @reentrant
 @checkpointing_models
 def test_dropout_is_off_while_blocks_recompute(tiny, use_reentrant):

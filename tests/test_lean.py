@@ -103,6 +103,7 @@ def test_the_dtype_of_the_base_makes_no_difference_to_per_step(dtype):
     assert_same_training(got, want, losses, expected, 1e-6 if dtype == torch.float32 else 1e-3)
 
 
+@pytest.mark.dropin
 def test_autocast_makes_the_masked_weight_in_its_dtype():
     got, want = circuit_of(), circuit_of()
     optimizers = lean(got.mask_parameters()), MaskAdamW(want.mask_parameters(), lr=0.02)
@@ -173,7 +174,8 @@ def test_a_base_that_is_trained_too_is_trained_as_without():
     assert_same_training(got, want, losses, train(want, theirs, 10, others=bases[1:]))
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.dropin
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_checkpointed_layers_are_stepped_once(use_reentrant):
     """A transformer whose blocks run again in backward."""
     torch.manual_seed(0)
@@ -212,7 +214,8 @@ def test_checkpointed_layers_are_stepped_once(use_reentrant):
     assert not any(held)  # each gradient was used at once
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.dropin
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_a_checkpointed_layer_that_is_used_twice_is_right_or_refused(use_reentrant):
     (got, mine), (want, theirs) = pair()
     for circuit in (got, want):
@@ -230,6 +233,7 @@ def test_a_checkpointed_layer_that_is_used_twice_is_right_or_refused(use_reentra
     assert_same_training(got, want, train(got, mine, 10), train(want, theirs, 10))
 
 
+@pytest.mark.dropin
 def test_a_compiled_circuit_trains_alike():
     torch.compiler.reset()
     (got, mine), (want, theirs) = pair()
@@ -362,10 +366,36 @@ def test_with_a_norm_to_clip_to_others_find_no_gradients(only_l0):
     loss_of_first.backward()
     with pytest.raises(RuntimeError, match="used up inside backward"):
         mine.zero_grad()
-    with pytest.raises(AssertionError, match="No inf checks were recorded"):
-        scaler = torch.amp.GradScaler("cpu")
-        scaler.scale(torch.ones(()))
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0, float("inf")])
+@pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscale_ first"])
+def test_a_grad_scaler_is_refused(max_grad_norm, unscaled):
+    circuit = small()
+    optimizer = lean(circuit.mask_parameters(), max_grad_norm=max_grad_norm)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(circuit)).backward()
+    if unscaled and max_grad_norm is not None:
+        scaler.unscale_(optimizer)
+    after = [p.detach().clone() for p in circuit.mask_parameters()]
+    with pytest.raises(RuntimeError, match=r"GradScaler can neither unscale.*begin again with bf16.*lean=False"):
+        scaler.step(optimizer)
+    assert all(torch.equal(p, a) for p, a in zip(circuit.mask_parameters(), after, strict=True))
+
+
+def test_a_grad_scaler_that_is_off_or_has_ordinary_gradients_works():
+    for unit, enabled in (("weight", False), ("neuron", True)):
+        got, want = circuit_of(mask_unit=unit), circuit_of("reference", mask_unit=unit)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        mine, theirs = lean(got.mask_parameters()), torchs(want.mask_parameters())
+        ((x, y),) = batches(0, 1)
+        scaler.scale(got(x, y)["loss"]).backward()
         scaler.step(mine)
+        scaler.update()
+        want(x, y)["loss"].backward()
+        theirs.step()
+        for a, b in zip(got.mask_parameters(), want.mask_parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_second_backward_through_one_graph_is_refused():
@@ -619,6 +649,33 @@ def test_a_gradient_by_another_way_than_the_masked_weight_is_stepped_along_or_re
     got.mask_parameters()[0].sum().backward()
     with pytest.raises(RuntimeError, match="a second gradient came"):
         mine.step()
+
+
+PENALTIES = {
+    "a square": lambda p: p.square().sum(),  # its backward needs the logits as they were
+    "a sum": lambda p: p.sum(),
+    "the mask's entropy": lambda p: torch.special.entr(torch.sigmoid(p)).sum(),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+@pytest.mark.parametrize("when", ["before forward", "after forward", "of one layer"])
+def test_a_penalty_on_the_logits_in_the_same_backward_has_its_part(penalty, when):
+    got, want = small(), small("reference")
+    optimizers = lean(got.mask_parameters(), max_grad_norm=float("inf")), torchs(want.mask_parameters())
+    for circuit, optimizer in zip((got, want), optimizers, strict=True):
+        for _ in range(4):
+            params = circuit.mask_parameters()[: 1 if when == "of one layer" else None]
+            loss = loss_of(circuit) if when == "after forward" else 0.0
+            loss = 0.5 * sum(penalty(p) for p in params) + loss
+            if when != "after forward":
+                loss = loss + loss_of(circuit)
+            loss.backward()
+            if when == "of one layer" and circuit is got:  # the other is as lean as ever
+                assert [layer.leaf.spent for layer in got.masked_layers.values()] == [False, True]
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_close(got.mask_parameters(), want.mask_parameters())
 
 
 def test_telemetry_is_that_of_the_masks_as_they_are():

@@ -552,6 +552,7 @@ def test_per_step_without_its_optimizer_is_auto(expected):
 # torch.compile, autocast, checkpointing
 
 
+@pytest.mark.dropin
 def test_a_compiled_circuit_is_one_graph_and_is_not_compiled_again_by_annealing():
     torch.compiler.reset()
     (got, mine), (want, theirs) = pair(*ADAMW)
@@ -571,6 +572,7 @@ def test_a_compiled_circuit_is_one_graph_and_is_not_compiled_again_by_annealing(
     assert counter.frame_count == 1
 
 
+@pytest.mark.dropin
 def test_autocast_makes_the_masked_weight_in_its_dtype():
     got, want = circuit_of(), circuit_of("per_forward")
     optimizers = ADAMW[0](got.mask_parameters()), ADAMW[1](want.mask_parameters())
@@ -591,7 +593,8 @@ def test_autocast_makes_the_masked_weight_in_its_dtype():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.dropin
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_a_forward_that_is_repeated_in_backward_finds_the_same_masked_weight(use_reentrant):
     (got, mine), (want, theirs) = pair(*ADAMW)
     for circuit in (got, want):
