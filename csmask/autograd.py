@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import reference
 from ._ops import ops
+from .quantised import QuantisedWeight, dense
 
 # Devices whose kernels take a weight in blocks that stay in the cache.
 _IN_BLOCKS = ("cpu",)
@@ -156,19 +157,25 @@ def _can_add_to_grad(leaf: Tensor) -> bool:
         return False
 
 
+def _save_weight(ctx: Any, weight: Tensor | QuantisedWeight) -> Tensor | None:
+    """What to save of a weight for backward: nothing of a quantised one, which is dequantised there again."""
+    ctx.quantised = weight if isinstance(weight, QuantisedWeight) else None
+    return weight if isinstance(weight, Tensor) else None
+
+
 class MaskedOp(torch.autograd.Function):
     """A linear operation or a convolution with ``W * m``, and the l0 sum of the mask.
 
     ``geometry`` is ``transposed`` (a bool) for a linear operation, else what ``torch.convolution`` takes after its
     bias. Saved for backward are ``x``, ``weight`` and ``mask_logits``; the masked weight is rebuilt there, or ``kept``
-    has it.
+    has it. A quantised weight is not saved but dequantised, in forward and in backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantisedWeight,
         mask_logits: Tensor,
         temperature: Tensor,
         bias: Tensor | None,
@@ -182,11 +189,12 @@ class MaskedOp(torch.autograd.Function):
         ctx.needs_dweight = ctx.needs_input_grad[1] or (ctx.needs_input_grad[2] and not hard)
         is_linear = isinstance(geometry, bool)
         # A convolution's input gradient asks for the input's shape.
-        ctx.save_for_backward(x if ctx.needs_dweight or not is_linear else None, weight, mask_logits, temperature)
+        saved_x = x if ctx.needs_dweight or not is_linear else None
+        ctx.save_for_backward(saved_x, _save_weight(ctx, weight), mask_logits, temperature)
         ctx.hard, ctx.scale, ctx.geometry, ctx.mask_inputs = hard, scale, geometry, (1, 2)
         ctx.dtype, ctx.in_kernel, ctx.kept, ctx.accumulate = x.dtype, in_kernel, kept, accumulate
         ctx.set_materialize_grads(False)
-        mask = (weight, mask_logits, temperature)
+        mask = (dense(weight), mask_logits, temperature)
         if in_kernel:
             out, l0 = _in_kernel_forward(x, *mask, bias, hard, scale, geometry)
         else:
@@ -200,6 +208,7 @@ class MaskedOp(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mask_logits, temperature = ctx.saved_tensors
+        weight = weight if ctx.quantised is None else ctx.quantised.dense()
         mask = (weight, mask_logits, temperature)
         dx = dweight = dlogits = dbias = None
         if dout is None:
@@ -334,21 +343,21 @@ class NeuronOp(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | QuantisedWeight,
         mask_logits: Tensor,
         temperature: Tensor,
         bias: Tensor | None,
         scale: float,
         geometry: Any,
     ) -> tuple[Tensor, Tensor]:
-        unscaled = _dense_forward(x, weight.to(x.dtype), None, geometry)
+        unscaled = _dense_forward(x, dense(weight).to(x.dtype), None, geometry)
         keeps_x = ctx.needs_input_grad[1] or not isinstance(geometry, bool)
-        ctx.save_for_backward(x if keeps_x else None, unscaled, weight, mask_logits, temperature)
+        ctx.save_for_backward(x if keeps_x else None, unscaled, _save_weight(ctx, weight), mask_logits, temperature)
         ctx.scale, ctx.geometry = scale, geometry
         ctx.set_materialize_grads(False)
         logits = mask_logits.flatten()
         out = ops.scale_neurons(unscaled, logits, temperature, bias, False, scale, _unit_dim(geometry, unscaled))
-        per_logit = reference.weights_per_logit(weight, mask_logits)
+        per_logit = reference.weights_per_logit(weight, mask_logits)  # type: ignore[arg-type] # sizes alone
         l0 = ops.mask_sums(logits, temperature, False, scale, per_logit, False)[0]
         if not ctx.needs_input_grad[2]:
             ctx.mark_non_differentiable(l0)
@@ -358,16 +367,17 @@ class NeuronOp(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, unscaled, weight, mask_logits, temperature = ctx.saved_tensors
+        weight = weight if ctx.quantised is None else ctx.quantised
         dx = dweight = dbias = None
         unit_dim = _unit_dim(ctx.geometry, unscaled)
         per_logit = reference.weights_per_logit(weight, mask_logits)
-        dense = dout if dout is not None else torch.zeros_like(unscaled)
+        full = dout if dout is not None else torch.zeros_like(unscaled)
         dunscaled, dlogits = ops.scale_neurons_grad(
-            dense, unscaled, mask_logits.flatten(), temperature, dl0, False, ctx.scale, unit_dim, per_logit
+            full, unscaled, mask_logits.flatten(), temperature, dl0, False, ctx.scale, unit_dim, per_logit
         )
         if dout is not None:
             wants = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
-            dx, dweight, _ = _dense_backward(dunscaled, x, weight.to(dunscaled.dtype), ctx.geometry, wants)
+            dx, dweight, _ = _dense_backward(dunscaled, x, dense(weight).to(dunscaled.dtype), ctx.geometry, wants)
             if ctx.needs_input_grad[4]:
                 dbias = _bias_grad(dout, ctx.geometry)
         dweight = None if dweight is None else dweight.to(weight.dtype)

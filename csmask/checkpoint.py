@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, quantised, quantised_base
 from .config import CircuitConfig
 from .density import check_state
 from .functional import check_temperature
@@ -56,11 +56,13 @@ _KEYS = {
 
 def fingerprint(layer: Any) -> dict[str, Any]:
     """Shape, dtype and SHA-256 of a layer's base weight and bias: what a mask was trained for."""
+    kind = quantised.format_of(layer)
+    if kind is not None:
+        return quantised_base.fingerprint_of(layer, kind)
     digest = hashlib.sha256()
     for param in (layer.weight, layer.bias):
         if param is not None:
-            data = whole(param.detach()).cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().data)
+            quantised_base.hash_tensor(digest, whole(param.detach()))
     shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
@@ -73,7 +75,7 @@ def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and not name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            quantised_base.hash_tensor(digest, whole(tensor))
     return digest.hexdigest()
 
 
@@ -153,7 +155,10 @@ def export_model(circuit: CircuitModel) -> nn.Module:
     """A copy of the base model without csmask, the hard mask written into its weights; see ``CircuitModel.export``."""
     check_whole(circuit.parameters(), "export()")
     circuit.check_logits()
-    model: Any = copy.deepcopy(circuit.wrapped_model)
+    were_quantised = quantised_base.weight_names(circuit.wrapped_model)
+    # Quantised weights, which give way to dense ones, are not copied.
+    shared = [circuit.wrapped_model.get_parameter(name) for name in were_quantised]
+    model: Any = copy.deepcopy(circuit.wrapped_model, {id(weight): weight for weight in shared})
     owners: dict[int, int] = {}
     for module in model.modules():
         for param in module._parameters.values():
@@ -171,19 +176,29 @@ def export_model(circuit: CircuitModel) -> nn.Module:
             model.config.tie_word_embeddings = False
             if layer.bias is not None and owners[id(layer.bias)] > 1:  # BERT ties the head's bias by the same switch
                 layer.bias = nn.Parameter(layer.bias.detach().clone())
-        write_hard_mask(layer)
+        write_hard_mask(layer, quantised_base.float_dtype(model, layer))
+    if were_quantised:
+        quantised_base.make_model_dense(model)
     for name, param in model.named_parameters():
-        param.requires_grad_(circuit.base_requires_grad.get(name, True))
+        if name not in were_quantised:
+            param.requires_grad_(circuit.base_requires_grad.get(name, True))
     return model.eval()
 
 
 @torch.no_grad()
-def write_hard_mask(layer: MaskedLayer) -> nn.Module:
-    """Unmask a layer and give it its hard-masked weight (and bias, where masked) as parameters."""
-    weight, bias = layer.hard_masked_parameters()
+def write_hard_mask(layer: MaskedLayer, dtype: torch.dtype | None = None) -> nn.Module:
+    """Unmask a layer and give it its hard-masked weight (and bias, where masked) as parameters.
+
+    Args:
+        dtype: of the dense weight of a layer that is quantised.
+    """
+    weight, bias = layer.hard_masked_parameters(dtype)
     masked_bias = bias if layer.bias_mask_logits is not None else None
     enable_fused_encoder_layer(layer)
     unmask_layer(layer)
+    if dtype is not None and quantised.format_of(layer) is not None:
+        quantised_base.make_dense(layer, weight.to(dtype), bias if bias is None else bias.to(dtype))
+        return layer
     layer.weight = nn.Parameter(weight.contiguous())
     if masked_bias is not None:
         layer.bias = nn.Parameter(masked_bias)
@@ -312,7 +327,7 @@ def _check_base_model(targets: dict[str, Any], saved: dict[str, dict[str, Any]],
         difference = sorted(set(targets) ^ set(saved))[:4] or ["(their order)"]
         raise ValueError(f"wrong base model: it differs from the saved circuit in its layers: {', '.join(difference)}")
     for name, layer in targets.items():
-        shape = list(layer.weight.shape)
+        shape = list(quantised.shape_of(layer))
         if shape != saved[name]["shape"]:
             raise ValueError(f"wrong base model: {name}.weight has shape {shape}, saved with {saved[name]['shape']}")
     if not check_base:

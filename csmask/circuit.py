@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, shards, state
+from . import checkpoint, quantised_base, shards, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
@@ -91,6 +91,7 @@ class CircuitModel(nn.Module):
                 for param in base_parameters:
                     param.requires_grad_(False)
             disable_fused_encoder_layers(model)
+            quantised_base.hold_formats(model)
             self._checkpointable = checkpointable_layers(model)
             self._set_ablation(config.mask_hparams["ablation"], 0)
             self.train()
@@ -167,6 +168,9 @@ class CircuitModel(nn.Module):
         """For transformers' Trainer: whether the base's loss is one of the step that ``num_items_in_batch`` counts."""
         return self._takes_num_items
 
+    # For transformers' Trainer, which refuses to train a quantised model unless something else is trained on top of it.
+    _hf_peft_config_loaded = True
+
     def train(self, mode: bool = True, *, train_bool: bool | None = None) -> CircuitModel:
         """Soft masks (``mode=True``) or hard ones; a frozen base stays in eval: no dropout, fixed norm statistics.
 
@@ -241,6 +245,19 @@ class CircuitModel(nn.Module):
         """The mask logits: what an optimizer gets."""
         return [param for _, param in self.named_mask_parameters()]
 
+    def reset_masks(self) -> None:
+        """Masks as at the beginning: logits at ``mask_init_value``, without gradients; temperature 1; lambda anew.
+
+        A model that was masked on the meta device gets its masks by ``circuit.to_empty(device=...)``, as it gets its
+        weights' memory. Where the weights come by another way (``load_state_dict(assign=True)``, accelerate's
+        ``load_checkpoint_in_model``), call this afterwards: masks are made beside weights that are there. An optimizer
+        is to be made after that; one that there is keeps its states.
+        """
+        for layer in self.masked_layers.values():
+            layer.reset_masks()
+        if self.l0_control is not None:
+            self.l0_control.reset(self._first_layer.mask_logits.device)
+
     def use_masks(
         self,
         flag: bool | None = None,
@@ -296,7 +313,7 @@ class CircuitModel(nn.Module):
                 once a ``torch.optim`` optimizer has stepped the logits, for one masked weight more in memory (2 bytes
                 per weight in bf16). ``"always"``: in evaluation too, which then costs what the dense model costs; after
                 writing to ``mask_logits.data`` by hand, or replaying a CUDA graph that does, call this again.
-                ``"never"``: made anew at each use.
+                ``"never"``: made anew at each use, as those of quantised layers are whatever this says.
         """
         if when not in KEEP_MODES:
             raise ValueError(f"when must be one of {', '.join(map(repr, KEEP_MODES))}, got {when!r}")
@@ -582,12 +599,13 @@ class CircuitModel(nn.Module):
         """A copy of the base model as a plain model: the hard mask is written into its weights.
 
         Its outputs equal the hard-masked circuit's exactly, with all masks on, whatever ``use_masks`` says. A tied
-        weight that is masked becomes one of its own.
+        weight that is masked becomes one of its own. Quantised layers, masked or not, become dense ones, in the model's
+        dtype.
 
         Raises:
             ValueError: the logits hold NaN.
-            NotImplementedError: the circuit is sharded; or the tied output head of an encoder-decoder is masked, which
-                such a model cannot hold.
+            NotImplementedError: a sharded circuit; a quantised layer that cannot be dequantised; the tied output head of
+                an encoder-decoder is masked, which such a model cannot hold.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)
@@ -603,6 +621,7 @@ class CircuitModel(nn.Module):
 
     def _restore_base(self, layers: Iterable[nn.Module]) -> None:
         swap_out(layers)
+        quantised_base.release_formats(self.wrapped_model)
         enable_nested_tensors(self.wrapped_model)
         for name, param in self.wrapped_model.named_parameters(remove_duplicate=False):
             if name in self.base_requires_grad:

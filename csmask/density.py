@@ -59,8 +59,12 @@ class DensityControl(nn.Module):
         self.target_log_odds = math.log(target / (1 - target))
         self.start = start
         self.driven = False
+        self.reset(device)
+
+    def reset(self, device: torch.device) -> None:
+        """As at the beginning, on a device."""
         # Progress 1: the first update begins an annealing.
-        for name, value in zip(STATE, (start, 0.0, 1.0), strict=True):
+        for name, value in zip(STATE, (self.start, 0.0, 1.0), strict=True):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
 
     @torch.no_grad()
@@ -97,9 +101,13 @@ class DensityControl(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """``.to(dtype)`` moves the buffers and leaves them in fp32, as it does the mask logits."""
+        was_meta = self.l0_lambda.is_meta
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        super()._apply(move, recurse)
+        if was_meta and not self.l0_lambda.is_meta:
+            self.reset(self.l0_lambda.device)
+        return self

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .circuit import CircuitModel
 from .masked_layer import MaskedLayer
 from .sharded_op import GatherAhead
+from .shards import is_sharded
 
 
 def shard_circuit(
@@ -47,7 +48,7 @@ def shard_circuit(
     Raises:
         RuntimeError: no process group.
         ValueError: a mesh of more dimensions, trained weights, masks of unit ``"neuron"``, execution ``"reference"``,
-            an optimizer that has been made already, parameters that are sharded already.
+            an optimizer that has been made already, weights that are quantised or sharded already.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise RuntimeError("shard_circuit needs a process group: call torch.distributed.init_process_group() first")
@@ -107,8 +108,10 @@ class _Average:
 
 
 def _check(name: str, layer: MaskedLayer) -> None:
-    if type(layer.weight) is not nn.Parameter:
+    if is_sharded(layer.weight):
         problem = "it is sharded already"
+    elif type(layer.weight) is not nn.Parameter:
+        problem = "its weight is quantised"
     elif layer.mask_unit != "weight":
         problem = 'it has a logit for each neuron, no masked weight to gather: use mask_unit="weight", or fully_shard'
     elif layer.weight.requires_grad:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
+from . import functional, quantised, reference
+from .forward_hooks import change_class
 from .leaf_linear import leaf_linear
 from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
+from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 from .shards import is_sharded
 
@@ -69,6 +71,58 @@ class MaskedConv1D(MaskedLinear):
         return super().forward(x)
 
 
+class MaskedQuantisedLinear(MaskedLinear):
+    """A masked linear layer whose weight is stored in 8 or 4 bits: each operation dequantises, masks and uses it.
+
+    The numbers are those of a plain linear layer that has the dequantised weight. Between two operations there is
+    nothing dense of the weight's size, and autograd saves none: backward dequantises once more. So no masked weight is
+    kept, and an optimizer's step makes none ahead.
+    """
+
+    waits_lean_only = True
+
+    def base_weight(self, dtype: torch.dtype | None = None) -> Any:
+        return quantised.weight_of(self, torch.get_default_dtype() if dtype is None else dtype)
+
+    def mask_arguments(self, x: Tensor) -> dict[str, Any]:
+        arguments = super().mask_arguments(x)
+        if self.ops is reference:
+            arguments["weight"] = quantised.dense(arguments["weight"])
+        else:
+            arguments["kept"] = None
+        return arguments
+
+    def _can_pack(self) -> bool:
+        return False
+
+    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+        (x,) = (*args, *named.values())  # torch.nn calls it ``input``, bitsandbytes ``x``
+        kind = quantised.format_of(self)
+        if not self.use_masks or kind is None or not kind.casts:
+            return super().forward(x)
+        return super().forward(x.to(kind.dtype(self, x.dtype))).to(x.dtype)
+
+    def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
+        return super()._masked_op(x, **{**arguments, "bias": self._bias_for(x, arguments["bias"])})
+
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._plain_forward(x, weight, self._bias_for(x, bias))
+
+    def _bias_for(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        kind = quantised.format_of(self)
+        return bias.to(x.dtype) if bias is not None and kind is not None and kind.casts else bias
+
+    def _weight_for(self, leaf: MaskedLeaf, x: Tensor) -> Any:
+        weight = self.base_weight(x.dtype)
+        return leaf.weight if weight.is_like(leaf.weight) else weight
+
+    def ablated_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        try:
+            return super().ablated_parameters(dtype)
+        finally:
+            self.clear_ablation_cache()  # as large as the weight
+
+
 class _MaskedConv(MaskedLayer):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     stride: tuple[int, ...]
@@ -112,8 +166,12 @@ _MASKED_TYPES: dict[type, type[MaskedLayer]] = {
     nn.Conv1d: MaskedConv1d,
     nn.Conv2d: MaskedConv2d,
 }
-# By name: transformers need not be imported to mask models that do not use it.
-_GPT2_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+# By name: the libraries need not be imported to mask models that do not use them.
+_MASKED_NAMES: dict[tuple[str, str], type[MaskedLayer]] = {
+    ("transformers.pytorch_utils", "Conv1D"): MaskedConv1D,
+    ("bitsandbytes.nn.modules", "Linear4bit"): MaskedQuantisedLinear,
+    ("bitsandbytes.nn.modules", "Linear8bitLt"): MaskedQuantisedLinear,
+}
 
 
 def maskable_type(cls: type) -> tuple[type, type[MaskedLayer]] | None:
@@ -121,8 +179,8 @@ def maskable_type(cls: type) -> tuple[type, type[MaskedLayer]] | None:
     for base in cls.__mro__:
         if base in _MASKED_TYPES:
             return base, _MASKED_TYPES[base]
-        if (base.__module__, base.__qualname__) == _GPT2_CONV1D:
-            return base, MaskedConv1D
+        if (base.__module__, base.__qualname__) in _MASKED_NAMES:
+            return base, _MASKED_NAMES[base.__module__, base.__qualname__]
     return None
 
 
@@ -134,18 +192,27 @@ def keeps_forward(cls: type) -> bool:
 
 
 @functools.cache
-def masked_class(cls: type) -> type[MaskedLayer]:
-    """The masked subclass of ``cls``, a maskable type or a subclass of one."""
+def masked_class(cls: type, is_quantised: bool = False) -> type[MaskedLayer]:
+    """The masked subclass of ``cls``, a maskable type or a subclass of one, for a weight that is quantised or not."""
     found = maskable_type(cls)
     if found is None:
         raise TypeError(f"{cls.__name__} cannot be masked")
-    own = {"_unmasked_class": cls, "_rebuild": staticmethod(_rebuild), "__module__": __name__}
-    return type(f"Masked{cls.__name__}", (found[1], cls), own)
+    kind = MaskedQuantisedLinear if is_quantised else found[1]
+    rebuild = _rebuild_quantised if is_quantised else _rebuild
+    own: dict[str, Any] = {"_unmasked_class": cls, "_rebuild": staticmethod(rebuild), "__module__": __name__}
+    if issubclass(kind, MaskedQuantisedLinear):
+        # When to dequantise is none of a compiled graph's business. Not a decorator: that would load the compiler.
+        own["forward"] = torch.compiler.disable(kind.forward)
+    return type(f"Masked{cls.__name__}", (kind, cls), own)
 
 
-def _rebuild(cls: type) -> MaskedLayer:
+def _rebuild_quantised(cls: type) -> MaskedLayer:
+    return _rebuild(cls, True)
+
+
+def _rebuild(cls: type, is_quantised: bool = False) -> MaskedLayer:
     """An empty masked layer of a class, for copy and pickle, which then set its state."""
-    masked = masked_class(cls)
+    masked = masked_class(cls, is_quantised)
     layer = masked.__new__(masked)
     _LAYERS.add(layer)
     return layer
@@ -154,7 +221,7 @@ def _rebuild(cls: type) -> MaskedLayer:
 def mask_shapes(module: Any, mask_unit: str, mask_bias: bool) -> dict[str, torch.Size]:
     """Shapes of the parameters that ``mask_layer`` would add to a layer, by name."""
     unit_dim = masked_class(type(module)).unit_dim  # type: ignore[arg-type]
-    shape = module.weight.shape
+    shape = quantised.shape_of(module)
     shapes = {"mask_logits": shape if mask_unit == "weight" else shape[unit_dim : unit_dim + 1]}
     if mask_bias and module.bias is not None:
         shapes["bias_mask_logits"] = module.bias.shape
@@ -176,7 +243,8 @@ def mask_layer(
 
     Args:
         module: an ``nn.Linear``, ``nn.Conv1d``, ``nn.Conv2d``, transformers ``Conv1D``, or a subclass that keeps its
-            forward. Its parameters stay the objects they are; the logits are made on the weight's device.
+            forward; a linear layer that torchao or bitsandbytes has quantised. Its parameters stay the objects they
+            are; the logits are made on the weight's device.
         mask_unit, mask_bias, mask_init_value, rescale, execution: as in ``CircuitConfig``. A layer without a bias has
             none to mask.
         layer_index: which random stream the layer's ablations draw from.
@@ -188,7 +256,8 @@ def mask_layer(
     """
     if isinstance(module, MaskedLayer):
         raise ValueError("the layer is masked already")
-    masked = masked_class(type(module))  # type: ignore[arg-type]
+    is_quantised = quantised.format_of(module) is not None
+    masked = masked_class(type(module), is_quantised)  # type: ignore[arg-type]
     check_execution(execution)
     shapes = mask_shapes(module, mask_unit, mask_bias)
     device = module.weight.device
@@ -198,10 +267,11 @@ def mask_layer(
 
     mask_logits = logits(shapes["mask_logits"])
     bias_mask_logits = logits(shapes["bias_mask_logits"]) if "bias_mask_logits" in shapes else None
-    module.__class__ = masked
+    change_class(module, masked)
     module.mask_unit = mask_unit
+    module.mask_init_value = mask_init_value
     module.mask_scale = 1 + math.exp(-mask_init_value) if rescale else 1.0  # 1 / sigmoid(mask_init_value)
-    module.masked_weight = MaskedWeight()
+    module.masked_weight = MaskedWeight("never" if is_quantised else "training")
     module.leaf = None
     module.execution = execution
     module.accumulate_in_kernel = False
@@ -228,11 +298,13 @@ def unmask_layer(module: Any) -> nn.Module:
     module._buffers.pop("temperature", None)
     for name in _OWN_ATTRIBUTES:
         vars(module).pop(name, None)
-    module.__class__ = module._unmasked_class
+    change_class(module, module._unmasked_class)
     return module
 
 
-_SETTINGS = ("mask_unit", "mask_scale", "_execution", "layer_index", "layer_name", "accumulate_in_kernel")
+_SETTINGS = (
+    "mask_unit", "mask_init_value", "mask_scale", "_execution", "layer_index", "layer_name", "accumulate_in_kernel"
+)  # fmt: skip
 _STATE = ("use_masks", "ablation", "ablation_seed", "_ablation_cache", "masked_weight", "l0_record", "leaf")
 _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 

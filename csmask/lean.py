@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._ops import ops
 from .autograd import _dense_backward, _dense_forward, first_derivative_only
 from .masked_leaf import LEAN_ELSE, REPLACED, SECOND, MaskedLeaf, grad_so_far, is_asked_for, wide
+from .quantised import dense, empty_like
 
 _SPENT = (
     "in lean mode the gradients are used up inside backward, so they cannot be read, scaled, clipped or cleared before "
@@ -48,7 +49,7 @@ class LeanLeaf(MaskedLeaf):
 
     is_lean = True
 
-    def __init__(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor, scale: float) -> None:
+    def __init__(self, weight: Any, mask_logits: nn.Parameter, temperature: Tensor, scale: float) -> None:
         super().__init__(weight, mask_logits, temperature, scale)
         self.spent = False
         self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
@@ -63,7 +64,7 @@ class LeanLeaf(MaskedLeaf):
     def make(self, dtype: torch.dtype) -> Tensor:
         """The masked weight of the logits as they are now, for the caller alone."""
         masked_weight, l0, _ = ops.materialize(
-            self.weight, self.mask_logits, self.temperature, False, self.scale, dtype
+            dense(self.weight), self.mask_logits, self.temperature, False, self.scale, dtype
         )
         self._note_l0(l0)
         return masked_weight
@@ -126,7 +127,7 @@ class LeanLeaf(MaskedLeaf):
 
     def take_turn(self) -> None:
         """Step the logits by what has come so far, of l0 alone or of some uses."""
-        self._take_turn(torch.empty_like(self.weight))
+        self._take_turn(empty_like(self.weight))
 
     @torch.no_grad()
     def _take_turn(self, memory: Tensor) -> None:
@@ -193,7 +194,7 @@ class LeanOp(torch.autograd.Function):
         (x,) = ctx.saved_tensors  # under checkpointing, another forward
         steps = is_asked_for(leaf.anchor)
         wants = [ctx.needs_input_grad[0], steps, ctx.needs_input_grad[2]]
-        masked_weight = leaf.make(ctx.dtype) if wants[0] else torch.empty_like(leaf.weight, dtype=ctx.dtype)
+        masked_weight = leaf.make(ctx.dtype) if wants[0] else empty_like(leaf.weight, ctx.dtype)
         dx, dmasked_weight, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants)
         if dmasked_weight is not None:
             leaf.receive(ctx.use, dmasked_weight, masked_weight)

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from ._ops import ops
 from .masked_layer import check_numbers, layers_of
 from .masked_leaf import LEAN_ELSE, LeafGroup, MaskedLeaf, grad_so_far, leaf_of
+from .quantised import dense
 from .shards import in_several_processes, is_sharded, whole
 
 
@@ -70,7 +71,8 @@ class _MaskOptimizer(Optimizer):
             _check_one_process()
         self._check_shards()
         for i, group in list(enumerate(self.param_groups))[first:]:
-            leaves = [layer.wait_for_step(self.lean) for layer in layers_of(group["params"]) if layer.can_wait]
+            layers = [layer for layer in layers_of(group["params"]) if layer.can_wait]
+            leaves = [layer.wait_for_step(self.lean) for layer in layers if self.lean or not layer.waits_lean_only]
             self._groups += [LeafGroup(those, self, i) for those in by_device(leaves)]
         for leaf in self.leaves:
             if leaf.value is None:
@@ -321,7 +323,7 @@ def gradient_arguments(leaves: list[MaskedLeaf]) -> tuple[list[Any], ...]:
     return (
         logits,
         [leaf.dmasked_weight for leaf in leaves],
-        [leaf.weight.detach() for leaf in leaves],
+        [dense(leaf.weight).detach() for leaf in leaves],
         [grad_so_far(leaf.mask_logits) for leaf in leaves],
         [leaf.temperature for leaf in leaves],
         [leaf.dl0 for leaf in leaves],

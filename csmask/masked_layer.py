@@ -16,6 +16,7 @@ from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
+from .quantised import dense
 from .sharded_op import GatherAhead, ShardedUse
 from .shards import Part, over_shards
 
@@ -76,6 +77,8 @@ class MaskedLayer(nn.Module):
 
     # Dimension of the weight that counts output units (neurons, filters).
     unit_dim = 0
+    # Whether per_step execution is for lean mode only: a masked weight that stays is larger than the base.
+    waits_lean_only = False
 
     _unmasked_class: type
     _rebuild: Callable[[type], MaskedLayer]
@@ -85,6 +88,7 @@ class MaskedLayer(nn.Module):
     bias_mask_logits: nn.Parameter | None
     temperature: Tensor
     mask_unit: str
+    mask_init_value: float
     mask_scale: float
     accumulate_in_kernel: bool
     gather_ahead: GatherAhead | None = None  # see ``sharded_op``
@@ -113,6 +117,10 @@ class MaskedLayer(nn.Module):
         """Whether no mask of this layer, weight or bias, is soft: what an ablation needs."""
         return self.hard and (self.bias_mask_logits is None or self.is_hard(self.bias_mask_logits))
 
+    def base_weight(self, dtype: torch.dtype | None = None) -> Any:  # noqa: ARG002, for layers whose weight is quantised
+        """The unmasked weight for input of a dtype: a tensor, or where it is quantised a ``QuantisedWeight``."""
+        return self.weight
+
     @property
     def circuit(self) -> Tensor:
         """Boolean ``S > 0``, shape of ``mask_logits``."""
@@ -127,14 +135,14 @@ class MaskedLayer(nn.Module):
         """Entries of the mask unit in the shape that broadcasts over the weight."""
         if self.mask_unit == "weight":
             return entries
-        shape = [1] * self.weight.dim()
+        shape = [1] * self.base_weight().dim()
         shape[self.unit_dim] = -1
         return entries.view(shape)
 
     @property
     def maskable(self) -> int:
         """Number of weights (and masked bias terms) that the mask decides about."""
-        return self.weight.numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
+        return self.base_weight().numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
 
     def kept(self) -> int:
         """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
@@ -148,7 +156,7 @@ class MaskedLayer(nn.Module):
         """int64 ``(kept, undecided)`` in one pass over the logits; only those of the bias with ``weights=False``."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
         if weights:
-            per_logit = reference.weights_per_logit(self.weight, self.mask_logits)
+            per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
             counts = self._counts_of(self.mask_logits, per_logit)
         return counts if self.bias_mask_logits is None else counts + self._counts_of(self.bias_mask_logits)
 
@@ -169,7 +177,7 @@ class MaskedLayer(nn.Module):
             if record.shard_of is None or bias_logits is None:
                 return [Part(l0, record.shard_of)]
             return [Part(l0, record.shard_of), self.bias_l0_part()]
-        weights = self._l0_of(self.mask_logits, reference.weights_per_logit(self.weight, self.mask_logits))
+        weights = self._l0_of(self.mask_logits, reference.weights_per_logit(self.base_weight(), self.mask_logits))
         if bias_logits is None:
             return [weights]
         biases = self.bias_l0_part()
@@ -207,7 +215,7 @@ class MaskedLayer(nn.Module):
         if self.leaf is not None and execution != "per_step":
             self.leaf.release()
         elif self.leaf is not None:
-            self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+            self.leaf.bind(self.base_weight(), self.mask_logits, self.temperature)
         self._execution = execution
 
     # per_step: the masked weight as a leaf of autograd, whose gradient waits for an optimizer of ``optim``
@@ -218,8 +226,9 @@ class MaskedLayer(nn.Module):
         if shards.is_sharded(self.weight) or shards.is_sharded(self.mask_logits):
             return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
-        lie_alike = self.weight.stride() == self.mask_logits.stride()
-        fits = self.mask_unit == "weight" and not self.weight.requires_grad and not self.weight.is_meta
+        weight = self.base_weight()
+        lie_alike = weight.stride() == self.mask_logits.stride()
+        fits = self.mask_unit == "weight" and not weight.requires_grad and not weight.is_meta
         return self._execution in ("auto", "per_step") and fits and lie_alike
 
     def wait_for_step(self, lean: bool = False) -> MaskedLeaf:
@@ -230,7 +239,7 @@ class MaskedLayer(nn.Module):
             self.leaf.group = None  # its optimizer has no more to do with it
             self.leaf = None
         if self.leaf is None:
-            self.leaf = kind(self.weight, self.mask_logits, self.temperature, self.mask_scale)
+            self.leaf = kind(self.base_weight(), self.mask_logits, self.temperature, self.mask_scale)
         self.execution = "per_step"
         return self.leaf
 
@@ -267,7 +276,8 @@ class MaskedLayer(nn.Module):
             return "per_forward"
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         ceilings = cost.ceilings_of(device.type, name)
-        return cost.choose(self._rows(x), self.weight, ceilings, not self.hard, self.masked_weight.keep != "never")
+        weight = self.base_weight(x.dtype)
+        return cost.choose(self._rows(x), weight, ceilings, not self.hard, self.masked_weight.keep != "never")
 
     def _rows(self, x: Tensor) -> int:
         """How many times each weight is used on this input: tokens, or positions of a convolution's output."""
@@ -276,7 +286,7 @@ class MaskedLayer(nn.Module):
     def mask_arguments(self, x: Tensor) -> dict[str, Any]:
         """What every masked operation takes besides its input and geometry."""
         arguments = {
-            "weight": self.weight,
+            "weight": self.base_weight(x.dtype),
             "mask_logits": self._broadcast(self._in_use(self.mask_logits)),
             "temperature": self.temperature,
             "hard": self.hard,
@@ -318,8 +328,9 @@ class MaskedLayer(nn.Module):
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:
-        leaf, weight = self.leaf, self.weight
+        leaf = self.leaf
         assert leaf is not None
+        weight = self._weight_for(leaf, x)
         if leaf.weight is not weight or leaf.temperature is not self.temperature:
             leaf.free()
             leaf.bind(weight, self.mask_logits, self.temperature)
@@ -370,6 +381,10 @@ class MaskedLayer(nn.Module):
             record.value, record.bias_value, record.shard_of = use.l0, bias_l0, self.weight
         return out
 
+    def _weight_for(self, leaf: MaskedLeaf, x: Tensor) -> Any:  # noqa: ARG002, for layers whose weight is quantised
+        """What a forward on ``x`` has the leaf bound to."""
+        return self.weight
+
     def _leaf_forward(self, x: Tensor, masked_weight: Tensor, bias: Tensor | None) -> Tensor:
         """``_plain_forward``; a layer may bring the masked weight's gradient to the leaf in its own way."""
         return self._plain_forward(x, masked_weight, bias)
@@ -377,9 +392,9 @@ class MaskedLayer(nn.Module):
     def _masked_op(self, x: Tensor, **arguments: Any) -> Any:
         raise NotImplementedError
 
-    def hard_masked_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the hard mask: the numbers that evaluation uses."""
-        weight, bias = self.weight, self.bias
+    def hard_masked_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the hard mask: the numbers that evaluation uses on input of a dtype."""
+        weight, bias = dense(self.base_weight(dtype)), self.bias
         weight, _ = self.ops.materialize(weight, self.unit_logits, self.temperature, True, self.mask_scale)
         if bias is not None and self.bias_mask_logits is not None:
             bias, _ = self.ops.materialize(bias, self.bias_mask_logits, self.temperature, True, self.mask_scale)
@@ -397,15 +412,19 @@ class MaskedLayer(nn.Module):
                 f"ablation {self.ablation!r} needs hard masks, but the masks are in training: call .eval() first, "
                 "or set_ablate_mode('none')"
             )
-        weight, bias = self.ablated_parameters()
+        weight, bias = self.ablated_parameters(input.dtype)
         return self._plain_forward(input, weight, bias)
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def ablated_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes."""
-        weight = self._ablate(shards.whole(self.weight), shards.whole(self.circuit), "weight")
+    def ablated_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes.
+
+        Args:
+            dtype: of the input, which a quantised weight is dequantised for.
+        """
+        weight = self._ablate(shards.whole(dense(self.base_weight(dtype))), shards.whole(self.circuit), "weight")
         if self.bias is None or self.bias_mask_logits is None:
             return weight, self.bias
         return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
@@ -430,7 +449,7 @@ class MaskedLayer(nn.Module):
     @property
     def fan_in(self) -> int | None:
         """Inputs per output unit, for the initialisation's bound."""
-        return math.prod(self.weight.shape[1:])
+        return math.prod(self.base_weight().shape[1:])
 
     def check_complement(self, name: str) -> None:
         """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""
@@ -442,8 +461,33 @@ class MaskedLayer(nn.Module):
         """Drop drawn masks and values."""
         self._ablation_cache: dict[str, tuple] = {}
 
+    @torch.no_grad()
+    def reset_masks(self) -> None:
+        """Logits, temperature and gradient as at the beginning; off the meta device once the weight is off it."""
+        leaves_meta = self.mask_logits.is_meta and not self.weight.is_meta
+        if leaves_meta and self.leaf is not None:
+            self.leaf.release()
+        for name in ("mask_logits", "bias_mask_logits"):
+            logits = self._parameters[name]
+            if logits is None:
+                continue
+            if leaves_meta:
+                empty = torch.empty_like(logits, device=self.weight.device)
+                self._parameters[name] = logits = nn.Parameter(empty, logits.requires_grad)
+            logits.grad = None
+            logits.fill_(self.mask_init_value)
+        if leaves_meta:
+            self.temperature = torch.empty_like(self.temperature, device=self.weight.device)
+        self.temperature.fill_(1.0)
+        if self.leaf is not None and self.waits:
+            self.leaf.prepare()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates."""
+        """``.to(dtype)``, ``.half()`` ... move the logits but never lower their dtype: bf16 loses small updates.
+
+        ``to_empty()`` of a layer that is on the meta device gives its masks their first values: there were none.
+        """
+        was_meta = self.mask_logits.is_meta
         if self.leaf is not None:
             self.leaf.release()  # what waits goes along as any gradient does
         own = [self.mask_logits, self.bias_mask_logits, self.temperature]
@@ -462,7 +506,9 @@ class MaskedLayer(nn.Module):
             return super()._apply(move, recurse)
         finally:
             if self.leaf is not None and self._execution == "per_step":
-                self.leaf.bind(self.weight, self.mask_logits, self.temperature)
+                self.leaf.bind(self.base_weight(), self.mask_logits, self.temperature)
+            if was_meta and not self.mask_logits.is_meta:
+                self.reset_masks()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._ops import ops
+from .quantised import QuantisedWeight, dense
 
 # By id of the logits; an entry lasts as long as its leaf.
 _LEAVES: weakref.WeakValueDictionary[int, MaskedLeaf] = weakref.WeakValueDictionary()
@@ -256,7 +257,7 @@ class MaskedLeaf:
     """The masked weight of one layer, one logit per weight, and the gradients that wait for the optimizer.
 
     Args:
-        weight: frozen.
+        weight: frozen; in lean mode it may be quantised.
         mask_logits: of the weight's shape; from now on reading their ``grad`` fetches what waits here.
         temperature: 0-d.
         scale: of the mask.
@@ -272,7 +273,7 @@ class MaskedLeaf:
     is_lean = False
     spent = False
 
-    def __init__(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor, scale: float) -> None:
+    def __init__(self, weight: Any, mask_logits: nn.Parameter, temperature: Tensor, scale: float) -> None:
         self.scale = scale
         self.bind(weight, mask_logits, temperature)
         self.group: LeafGroup | None = None
@@ -284,7 +285,7 @@ class MaskedLeaf:
         self._has_several = self._had_several = False
         self._key: Any = None
 
-    def bind(self, weight: nn.Parameter, mask_logits: nn.Parameter, temperature: Tensor) -> None:
+    def bind(self, weight: Any, mask_logits: nn.Parameter, temperature: Tensor) -> None:
         """Wait for the gradient of these tensors; a module that is moved to a device gets new ones."""
         self.weight, self.mask_logits, self.temperature = weight, mask_logits, temperature
         mask_logits.__class__ = DeferredLogits
@@ -330,9 +331,10 @@ class MaskedLeaf:
 
     def _state(self, dtype: torch.dtype) -> Any:
         weight, logits, temperature = self.weight, self.mask_logits, self.temperature
+        # A quantised weight is another object where it is another weight.
+        where = (id(weight), 0) if isinstance(weight, QuantisedWeight) else (weight.data_ptr(), weight._version)
         return (
-            dtype, weight.data_ptr(), weight._version, logits.data_ptr(), logits._version,
-            temperature.data_ptr(), temperature._version,
+            dtype, *where, logits.data_ptr(), logits._version, temperature.data_ptr(), temperature._version,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -473,10 +475,11 @@ class MaskedLeaf:
         if dmasked_weight is None and dl0 is None:
             return
         self.check_unchanged()
+        weight = dense(self.weight)
         if dmasked_weight is None:  # only l0: a zero that takes no memory
-            dmasked_weight = self.weight.new_zeros(()).expand(self.weight.shape)
+            dmasked_weight = weight.new_zeros(()).expand(weight.shape)
         grad = grad_so_far(self.mask_logits)
-        chain = (dmasked_weight, self.weight, self.mask_logits, self.temperature, dl0, self.scale)
+        chain = (dmasked_weight, weight, self.mask_logits, self.temperature, dl0, self.scale)
         if grad is None:
             _raw_grad.__set__(self.mask_logits, ops.logits_grad(*chain))
         else:

@@ -201,8 +201,8 @@ def load_config(source: str) -> Any:
         raise ValueError(f"{str(file)!r} has no model_type: expected the config.json of a transformers model")
     if values.get("quantization_config"):
         raise ValueError(
-            f"{str(file)!r} is of a quantised model, whose layers cannot be masked: take quantization_config out to "
-            "plan for its weights in --dtype"
+            f"{str(file)!r} is of a quantised model, and what masks over one take is not counted here: take "
+            "quantization_config out to plan for its weights in --dtype"
         )
     try:
         return AutoConfig.from_pretrained(str(file), local_files_only=True, trust_remote_code=False)

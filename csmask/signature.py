@@ -16,15 +16,25 @@ from torch import nn
 
 
 def class_like(cls: type, model: nn.Module) -> type:
-    """A subclass of ``cls``, a circuit's class, with the name of the model's class and its forward's signature."""
-    original = getattr(cls, "_circuit_class", cls)
+    """A subclass of ``cls``, a circuit's class, with the name of the model's class and its forward's signature.
+
+    A user's subclass of ``CircuitModel`` whose forward names arguments keeps that signature.
+    """
+    original: Any = getattr(cls, "_circuit_class", cls)
     try:
         signature = inspect.signature(model.forward)
-        if any(p.name == "self" for p in signature.parameters.values()):
-            return original
-        return _class_like(original, type(model).__name__, signature)
-    except (TypeError, ValueError):  # a forward written in C, defaults that cannot be hashed
+        own = list(inspect.signature(original.forward).parameters.values())[1:]
+    except (TypeError, ValueError):  # a forward written in C
         return original
+    if any(p.name == "self" for p in signature.parameters.values()):
+        return original
+    if any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in own):
+        signature = signature.replace(parameters=own)
+    arguments = original, type(model).__name__, signature
+    try:
+        return _class_like(*arguments)
+    except TypeError:  # defaults that cannot be hashed
+        return _class_like.__wrapped__(*arguments)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,8 +1,9 @@
 """What ``CircuitModel.state_dict()`` holds: what is trained, and what it was trained over.
 
 A frozen base is in no training checkpoint. The state of a circuit is its mask logits, temperature, lambda's controller,
-any base parameters that are trained beside them, and as ``_extra_state`` the config with a fingerprint of the base, in
-JSON. Trainers of every kind therefore write small checkpoints, which ``CircuitModel.from_pretrained`` reads, too.
+PEFT's adapters, any base parameters that are trained beside them, and as ``_extra_state`` the config with a fingerprint
+of the base, in JSON. Trainers of every kind therefore write small checkpoints, which ``CircuitModel.from_pretrained``
+reads, too.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import __version__
+from . import __version__, quantised, quantised_base
 from .checkpoint import BASE, FORMAT, FORMAT_VERSION, fingerprint, read_description, rest_fingerprint
+from .surgery import adapter_parameters
 
 if TYPE_CHECKING:
     from .circuit import CircuitModel
@@ -28,18 +30,22 @@ def frozen_names(circuit: CircuitModel) -> set[str]:
         for layer in circuit.masked_layers.values()
         for tensor in (layer.mask_logits, layer.bias_mask_logits, layer.temperature)
         if tensor is not None
-    }
+    } | adapter_parameters(model)
     frozen: set[str] = set()
     seen: set[int] = set()
     tensors = [
         *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
     ]  # fmt: skip
     for name, tensor in tensors:
-        is_state = id(tensor) in own or tensor.requires_grad or not circuit.circuit_config.freeze_base
+        # In a base that is trained, what was frozen before it was masked is not: all that is not PEFT's, for one.
+        is_trained = not circuit.circuit_config.freeze_base and circuit.base_requires_grad.get(name, True)
+        is_state = id(tensor) in own or tensor.requires_grad or is_trained
         # Of a tied weight, and of a layer with two names, the first name stands for all.
         if not is_state or id(tensor) in seen:
             frozen.add(BASE + name)
         seen.add(id(tensor))
+    if circuit.circuit_config.freeze_base:
+        frozen |= {BASE + name for name in quantised_base.state_names(model)}
     return frozen
 
 
@@ -86,12 +92,13 @@ def base_fingerprint(circuit: CircuitModel) -> dict[str, Any] | None:
     model, layers = circuit.wrapped_model, circuit.masked_layers
     logits = {id(p) for p in circuit.mask_parameters()}
     tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in logits]
-    if any(t.is_meta or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+    if any(t.is_meta or not quantised_base.is_stored_plainly(t) for t in tensors):
         return None
     if any(t.requires_grad for t in tensors):
         return None  # something beside the masks is trained: it is in the state
     temperatures = {id(layer.temperature) for layer in layers.values()}
-    key = tuple((t.data_ptr(), t._version) for t in tensors if id(t) not in temperatures)
+    plain = [part for t in tensors if id(t) not in temperatures for part in quantised.plain_tensors(t)]
+    key = tuple((t.data_ptr(), t._version) for t in plain)
     if circuit._fingerprint is None or circuit._fingerprint[0] != key:
         found = {
             "rest_sha256": rest_fingerprint(model, layers.values()),

@@ -7,12 +7,14 @@ import difflib
 import fnmatch
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 from torch import nn
 
+from . import quantised
 from .config import CircuitConfig
+from .forward_hooks import has_own_forward, is_offloaded, offloads_submodules
 from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, taken_attribute, unmask_layer
 from .shards import is_sharded
 
@@ -45,14 +47,15 @@ def find_targets(model: nn.Module, target_layers: list[str] | str) -> dict[str, 
     if any(is_sharded(param) for param in model.parameters()):
         raise ValueError("the model is sharded already: make the CircuitModel of the whole model first, then shard it")
     names = module_names(model)
+    places = Places(names)
     chosen: set[int] = set()
     for target in targets:
         if target in ("all-linear", "all"):
-            matches = _all_layers(model, names, linear_only=target == "all-linear")
+            matches = _all_layers(model, names, places, linear_only=target == "all-linear")
         else:
-            matches = _match(target, names)
+            matches = _match(target, names, places.adapters)
         for name in matches:
-            check_layer(name, names[name], names)
+            check_layer(name, names[name], places)
         chosen.update(id(names[name]) for name in matches)
     return {name: module for name, module in model.named_modules() if id(module) in chosen}
 
@@ -76,7 +79,7 @@ def find_masked(model: nn.Module, names: str | Iterable[str]) -> dict[str, Maske
     return found
 
 
-def _match(target: str, names: dict[str, nn.Module]) -> list[str]:
+def _match(target: str, names: dict[str, nn.Module], adapters: Set[int] = frozenset()) -> list[str]:
     """Names of the maskable modules that one target string matches; of any module where it is an exact name."""
     if target.startswith("re:"):
         pattern = re.compile(target[3:])
@@ -94,7 +97,11 @@ def _match(target: str, names: dict[str, nn.Module]) -> list[str]:
         matched = [n for n in names if fnmatch.fnmatchcase(n, target) or fnmatch.fnmatchcase(f"{n}.weight", target)]
     else:
         matched = []
+    matched = [n for n in matched if id(names[n]) not in adapters or _base_layer(names[n]) is not None]
     maskable = [n for n in matched if maskable_type(type(names[n])) or isinstance(names[n], MaskedLayer)]
+    adapted = [n for n in matched if _base_layer(names[n]) is not None and f"{n}.base_layer" not in matched]
+    if adapted:
+        raise TypeError(f"target layer {target!r}: {_ADAPTED.format(name=adapted[0])}")
     if matched and not maskable:
         kinds = sorted({type(names[n]).__name__ for n in matched})
         raise TypeError(f"target layer {target!r} matches only layers that cannot be masked: {', '.join(kinds)}")
@@ -110,6 +117,11 @@ def _nearest(target: str, names: dict[str, nn.Module]) -> str:
         return "; the model has no layer that can be masked"
     wanted = target.removeprefix("re:").removesuffix(".weight")
     leaf = wanted.rsplit(".", 1)[-1]
+    # Of layers in a row, all of the number that was asked for: names within a block move, too.
+    number = re.findall(r"\d+", wanted)
+    of_number = [n for n in candidates if number and re.findall(r"\d+", n)[: len(number)] == number]
+    if of_number:
+        return f"; nearest: {', '.join(difflib.get_close_matches(wanted, of_number, n=7, cutoff=0.0))}"
     # Names move between releases mostly by a prefix: the same tail counts for more than the same spelling.
     same_tail = [n for n in candidates if n == leaf or n.endswith(f".{leaf}")]
     near = difflib.get_close_matches(wanted, same_tail, n=3, cutoff=0.0) if same_tail else []
@@ -117,17 +129,63 @@ def _nearest(target: str, names: dict[str, nn.Module]) -> str:
     return f"; nearest: {', '.join((near or candidates)[:4])}"
 
 
-def _all_layers(model: nn.Module, names: dict[str, nn.Module], linear_only: bool) -> list[str]:
-    """Every layer that can be masked, output heads excluded; says which layers it had to leave out."""
-    heads = _heads(model)
+class Places:
+    """What the place of a layer in its model says about it: ids of modules, found in one walk.
+
+    Attributes:
+        uncalled: output projections of ``torch.nn.MultiheadAttention``, which uses their weights itself.
+        offloaded: layers whose tensors accelerate's hooks bring for the time of a forward.
+        adapters: what PEFT has put beside the layers of the base.
+    """
+
+    def __init__(self, names: dict[str, nn.Module]) -> None:
+        self.uncalled: set[int] = set()
+        self.offloaded: set[int] = set()
+        self.adapters: set[int] = set()
+        for module in {id(m): m for m in names.values()}.values():
+            if isinstance(module, nn.MultiheadAttention):
+                self.uncalled.add(id(module.out_proj))
+            if offloads_submodules(module):
+                self.offloaded.update(map(id, module.modules()))
+            elif is_offloaded(module):
+                self.offloaded.add(id(module))
+            base_layer = _base_layer(module)
+            if base_layer is not None:
+                self.adapters.update({id(m) for m in module.modules()} - {id(m) for m in base_layer.modules()})
+
+
+_ADAPTED = "{name!r} is a layer with PEFT's adapters beside it; to mask the layer itself, name '{name}.base_layer'"
+
+
+def _base_layer(module: nn.Module) -> nn.Module | None:
+    """The layer that one of PEFT's tuner layers wraps."""
+    # By its attributes: PEFT is imported by those who use it.
+    return module._modules.get("base_layer") if hasattr(module, "adapter_layer_names") else None
+
+
+def adapter_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters and buffers that PEFT has put beside those of the base."""
+    adapters = Places(module_names(model)).adapters
+    return {
+        id(tensor)
+        for module in model.modules()
+        if id(module) in adapters
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    }
+
+
+def _all_layers(model: nn.Module, names: dict[str, nn.Module], places: Places, linear_only: bool) -> list[str]:
+    """Every layer that can be masked, output heads and adapters excluded; says which layers it had to leave out."""
+    left_out = _heads(model) | places.adapters
     found, skipped = [], []
     for name, module in names.items():
         kind = maskable_type(type(module))
-        if kind is None or id(module) in heads or (linear_only and kind[0] in (nn.Conv1d, nn.Conv2d)):
+        if kind is None or id(module) in left_out or (linear_only and kind[0] in (nn.Conv1d, nn.Conv2d)):
             continue
         if isinstance(module, MaskedLayer):
-            check_layer(name, module, names)  # raises: none to leave out, the model has a circuit
-        reason = unmaskable_reason(module, names)
+            check_layer(name, module, places)  # raises: none to leave out, the model has a circuit
+        reason = unmaskable_reason(module, places)
         if reason is None:
             found.append(name)
         else:
@@ -147,7 +205,7 @@ def _heads(model: nn.Module) -> set[int]:
         return heads
     output = get_output_embeddings()
     if output is not None:
-        heads.add(id(output))
+        heads.update(id(m) for m in output.modules())
     for name in _HEAD_NAMES:
         head = getattr(model, name, None)
         if isinstance(head, nn.Module):
@@ -155,29 +213,45 @@ def _heads(model: nn.Module) -> set[int]:
     return heads
 
 
-def check_layer(name: str, module: nn.Module, names: dict[str, nn.Module]) -> None:
+def check_layer(name: str, module: nn.Module, places: Places) -> None:
     """Raise unless the layer of this name can be masked."""
-    reason = unmaskable_reason(module, names)
+    if _base_layer(module) is not None:
+        raise TypeError(_ADAPTED.format(name=name))
+    reason = unmaskable_reason(module, places)
     if reason is not None:
         error, text = reason
         raise error(f"layer {name!r} cannot be masked: {text}")
 
 
-def unmaskable_reason(module: nn.Module, names: dict[str, nn.Module]) -> tuple[type[Exception], str] | None:
+def unmaskable_reason(module: nn.Module, places: Places) -> tuple[type[Exception], str] | None:
     """Why a layer cannot be masked, as an error type and its text; None if it can."""
     if isinstance(module, MaskedLayer):
         return ValueError, "it is masked already; unload() the circuit that it belongs to first"
     kind = type(module).__name__
     if maskable_type(type(module)) is None:
-        return TypeError, f"{kind} is not a Linear, Conv1d, Conv2d or GPT-2 Conv1D"
-    if not keeps_forward(type(module)) or "forward" in vars(module):
+        return (
+            TypeError,
+            f"{kind} is not a Linear, Conv1d, Conv2d, GPT-2 Conv1D or one quantised by torchao or bitsandbytes",
+        )
+    if not keeps_forward(type(module)) or has_own_forward(module):
         return NotImplementedError, f"{kind} has a forward of its own, which would not use the mask"
-    if any(isinstance(m, nn.MultiheadAttention) and module is m.out_proj for m in names.values()):
+    if id(module) in places.uncalled:
         return NotImplementedError, "torch.nn.MultiheadAttention uses its weight without calling it"
+    if id(module) in places.offloaded:
+        return NotImplementedError, (
+            "its weight is offloaded (device_map) and comes for the time of a forward, where masks cannot follow it; "
+            "give it a device of its own, or leave it out of target_layers"
+        )
     weight = module._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy, parametrized or quantised)"
-    if weight.dtype not in _FLOATS:
+        return NotImplementedError, f"{kind}.weight is not a plain parameter (lazy or parametrized)"
+    storage = quantised.format_of(module)
+    refusal = None if storage is None else storage.refusal(module)
+    if refusal is not None:
+        return NotImplementedError, refusal
+    if storage is None and quantised.is_torchao(type(weight)):
+        return NotImplementedError, f"csmask masks quantised weights of linear layers only, not those of a {kind}"
+    if storage is None and weight.dtype not in _FLOATS:
         return TypeError, f"its weight has dtype {weight.dtype}, not float16, bfloat16, float32 or float64"
     taken = taken_attribute(module)
     if taken is not None:

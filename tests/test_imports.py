@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels"
 
 # From the bottom up: a module imports only modules of lower levels.
 LEVELS = [
-    {"config", "philox", "reference", "shards", "signature", "state_codes"},
+    {"config", "forward_hooks", "philox", "quantised", "reference", "shards", "signature", "state_codes"},
     {"_plain", "_plain_step"},
     {"_cpp"},
     {"_cpp_linear", "_cpp_step", "_cpp_units"},
@@ -28,7 +28,7 @@ LEVELS = [
     {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
     {"lean", "sharded_op"},
     {"functional", "leaf_linear"},
-    {"masked_layer"},
+    {"masked_layer", "quantised_base"},
     {"layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
     {"surgery"},
     {"checkpoint"},
