@@ -604,8 +604,8 @@ class CircuitModel(nn.Module):
 
         Raises:
             ValueError: the logits hold NaN.
-            NotImplementedError: a sharded circuit; a quantised layer that cannot be dequantised; the tied output head of
-                an encoder-decoder is masked, which such a model cannot hold.
+            NotImplementedError: a sharded circuit; a quantised layer that cannot be dequantised; the tied output head
+                of an encoder-decoder is masked, which such a model cannot hold.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)
