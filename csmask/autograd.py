@@ -91,6 +91,26 @@ class Materialize(torch.autograd.Function):
         return dweight, dlogits, None, None, None, None
 
 
+class KeptMaskedWeight(torch.autograd.Function):
+    """``Materialize`` of a masked weight and an l0 that are there already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, mask_logits: Tensor, temperature: Tensor, scale: float, value: Tensor, l0: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, mask_logits, temperature)
+        ctx.hard, ctx.scale, ctx.mask_inputs, ctx.accumulate = False, scale, (0, 1), False
+        ctx.set_materialize_grads(False)
+        return value.detach(), l0.clone()
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, dmasked_weight: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, mask_logits, temperature = ctx.saved_tensors
+        _, dlogits = _weight_and_logits_grads(ctx, dmasked_weight, weight, mask_logits, temperature, dl0)
+        return None, dlogits, None, None, None, None
+
+
 def _weight_and_logits_grads(
     ctx: Any,
     dmasked_weight: Tensor | None,

@@ -29,6 +29,7 @@ from .config import CircuitConfig
 from .density import check_state
 from .functional import check_temperature
 from .layers import MaskedLayer, mask_shapes, unmask_layer
+from .shards import check_whole, is_sharded, one_writer, whole
 from .surgery import enable_fused_encoder_layer, find_targets, module_names
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def fingerprint(layer: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     for param in (layer.weight, layer.bias):
         if param is not None:
-            quantised_base.hash_tensor(digest, param)
+            quantised_base.hash_tensor(digest, whole(param.detach()))
     shape, dtype = list(layer.weight.shape), str(layer.weight.dtype).removeprefix("torch.")
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
@@ -74,7 +75,7 @@ def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor) and not name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            quantised_base.hash_tensor(digest, tensor)
+            quantised_base.hash_tensor(digest, whole(tensor))
     return digest.hexdigest()
 
 
@@ -86,7 +87,7 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
     if path.exists() and not path.is_dir():
         raise ValueError(f"save_pretrained needs a directory, got the file {path}")
     circuit.check_logits()
-    masks = {name: p.detach().cpu().contiguous() for name, p in circuit.named_mask_parameters()}
+    masks = {name: whole(p.detach()).cpu().contiguous() for name, p in circuit.named_mask_parameters()}
     data = safetensors.torch.save(masks)
     digest = hashlib.sha256(data).hexdigest()
     content: dict[str, Any] = {
@@ -108,6 +109,12 @@ def save_circuit(circuit: CircuitModel, directory: str | os.PathLike) -> None:
             "save the base's weights as well, or export()",
             stacklevel=3,
         )
+    with one_writer(any(is_sharded(p) for p in circuit.parameters())) as writes:
+        if writes:
+            _write(path, content, data)
+
+
+def _write(path: Path, content: dict[str, Any], data: bytes) -> None:
     path.mkdir(parents=True, exist_ok=True)
     write_atomically(path / content["masks_file"], data)
     write_atomically(path / CIRCUIT_FILE, _with_digest(content))
@@ -146,6 +153,7 @@ def load_circuit(
 
 def export_model(circuit: CircuitModel) -> nn.Module:
     """A copy of the base model without csmask, the hard mask written into its weights; see ``CircuitModel.export``."""
+    check_whole(circuit.parameters(), "export()")
     circuit.check_logits()
     were_quantised = quantised_base.weight_names(circuit.wrapped_model)
     # Quantised weights, which give way to dense ones, are not copied.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, quantised_base, state
+from . import checkpoint, quantised_base, shards, state
 from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
@@ -137,7 +137,8 @@ class CircuitModel(nn.Module):
         """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
         for layer in self.masked_layers.values():
             record = layer.l0_record
-            record.wanted, record.value, record.bias_value = flag, None, None
+            record.wanted, record.value, record.bias_value, record.shard_of = flag, None, None, None
+            record.gathered = shards.is_sharded(layer._parameters["mask_logits"])
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._bypass_checked:  # a graph is to know nothing of the second
@@ -328,10 +329,9 @@ class CircuitModel(nn.Module):
     def accumulate_in_kernel(self, flag: bool) -> None:
         """Whether kernels add to ``mask_logits.grad`` where there is a gradient already, instead of autograd.
 
-        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. For
-        plain ``loss.backward()`` calls in one process: hooks that DDP and FSDP set where autograd accumulates do not
-        see a gradient that was added so. Logits with hooks of their own, ``torch.autograd.grad`` and
-        ``backward(inputs=...)`` go through autograd all the same. Off by default.
+        Saves 8 bytes of traffic per weight and the memory of one layer's gradient from the second micro-batch on. No
+        effect in several processes, where DDP and FSDP need to see what autograd accumulates. Logits with hooks of
+        their own, ``torch.autograd.grad`` and ``backward(inputs=...)`` go through autograd, too. Off by default.
         """
         if not isinstance(flag, bool):
             raise TypeError(f"flag must be True or False, got {flag!r}")
@@ -357,17 +357,15 @@ class CircuitModel(nn.Module):
             self.l0_rider.taken = True
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
-        groups = whole_groups([layer.leaf for layer in layers if layer.leaf is not None and layer.waits])
-        parts = [group.l0() for group in groups]
+        waiting = [] if shards.in_several_processes() else [layer for layer in layers if layer.waits]
+        groups = whole_groups([layer.leaf for layer in waiting if layer.leaf is not None])
+        parts = [shards.Part(group.l0()) for group in groups]
         for layer in layers:
             if layer.leaf is None or layer.leaf.group not in groups:
-                parts.append(layer.take_l0())
+                parts += layer.l0_parts()
             elif layer.bias_mask_logits is not None:
-                parts.append(layer.take_bias_l0())
-        # No zero to begin with: of one group there is nothing to add up.
-        total = parts[0].to(device) if parts else torch.zeros((), dtype=torch.float32, device=device)
-        for part in parts[1:]:
-            total = total + part.to(device)
+                parts.append(layer.bias_l0_part())
+        total = shards.total(parts, device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         return total
@@ -578,6 +576,8 @@ class CircuitModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Save masks, config, temperature and a fingerprint of the base weights, atomically; not the base itself.
 
+        Of a sharded circuit every process has to call this, and the first one writes.
+
         Raises:
             ValueError: ``directory`` is a file, or the logits hold NaN.
         """
@@ -609,8 +609,8 @@ class CircuitModel(nn.Module):
 
         Raises:
             ValueError: the logits hold NaN.
-            NotImplementedError: the tied output head of an encoder-decoder is masked, which such a model cannot hold;
-                a quantised layer that cannot be dequantised.
+            NotImplementedError: a sharded circuit; a quantised layer that cannot be dequantised; the tied output head
+                of an encoder-decoder is masked, which such a model cannot hold.
         """
         model = checkpoint.export_model(self)
         enable_nested_tensors(model)
@@ -619,6 +619,7 @@ class CircuitModel(nn.Module):
     def unload(self) -> nn.Module:
         """Take the masks off, in place, and return the base model as it was before; the circuit is spent."""
         if self.masked_layers:
+            shards.check_whole(self.parameters(), "unload()")
             self._restore_base(self.masked_layers.values())
             self.masked_layers = {}
         return self.wrapped_model

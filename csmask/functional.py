@@ -51,7 +51,10 @@ def check_masked_weight(weight: Tensor, mask_logits: Tensor, name: str = "mask_l
     """Raise unless ``mask_logits`` can mask ``weight``: dtypes, device, and a shape of unit weight or neuron."""
     check_weight_dtype(weight.dtype)
     if mask_logits.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must have dtype float32 or float64 (lower ones lose updates), got {mask_logits.dtype}")
+        raise TypeError(
+            f"{name} must have dtype float32 or float64 (lower ones lose updates), got {mask_logits.dtype}; under FSDP "
+            "give no MixedPrecisionPolicy(param_dtype=...), and load the base in that dtype instead"
+        )
     if mask_logits.device != weight.device:
         raise ValueError(f"{name} must be on {weight.device} like weight, got {mask_logits.device}")
     if mask_logits.shape == weight.shape:

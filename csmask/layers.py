@@ -21,6 +21,7 @@ from .leaf_linear import leaf_linear
 from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
+from .shards import is_sharded
 
 
 class MaskedLinear(MaskedLayer):
@@ -35,7 +36,7 @@ class MaskedLinear(MaskedLayer):
 
     def _can_pack(self) -> bool:
         keeps = self.masked_weight.keep == "always" and not torch.compiler.is_compiling()
-        return keeps and self.mask_unit == "weight" and not self.weight.requires_grad
+        return keeps and self.mask_unit == "weight" and not self.weight.requires_grad and not is_sharded(self.weight)
 
     def _bitmask_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Evaluation in 1/8 byte per weight, not 4: the hard mask is packed, anew when the logits have changed."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ._ops import ops
-from .masked_layer import check_numbers, in_several_processes, layers_of
+from .masked_layer import check_numbers, layers_of
 from .masked_leaf import LEAN_ELSE, LeafGroup, MaskedLeaf, grad_so_far, leaf_of
 from .quantised import dense
+from .shards import in_several_processes, is_sharded, whole
 
 
 def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
@@ -66,11 +67,9 @@ class _MaskOptimizer(Optimizer):
 
     def _take_layers(self, first: int = 0) -> None:
         """Put the layers of the parameters in ``per_step`` execution; those of another optimizer change hands."""
-        if self.lean and in_several_processes():
-            raise RuntimeError(
-                "lean mode steps layers before the gradients of several processes are averaged: give the optimizer "
-                "lean=False"
-            )
+        if self.lean:
+            _check_one_process()
+        self._check_shards()
         for i, group in list(enumerate(self.param_groups))[first:]:
             layers = [layer for layer in layers_of(group["params"]) if layer.can_wait]
             leaves = [layer.wait_for_step(self.lean) for layer in layers if self.lean or not layer.waits_lean_only]
@@ -78,6 +77,14 @@ class _MaskOptimizer(Optimizer):
         for leaf in self.leaves:
             if leaf.value is None:
                 leaf.refresh()  # made here, a compiled forward finds it
+
+    def _check_shards(self) -> None:
+        for group in self.param_groups:
+            if group.get("state_bits", 32) != 32 and any(is_sharded(param) for param in group["params"]):
+                raise ValueError(
+                    "state_bits=8 has its states in blocks of whole layers, and these mask logits are sharded over "
+                    "processes: use state_bits=32, of which each process holds its share"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         state = {"max_grad_norm": self.max_grad_norm, "lean": self.lean, "_last_factor": self._last_factor}
@@ -178,7 +185,7 @@ class _MaskOptimizer(Optimizer):
         """What to multiply every gradient with so that their norm is ``max_grad_norm`` at most: 0-d, by device."""
         if self.max_grad_norm is None:
             return None
-        norms = [torch.linalg.vector_norm(p.grad) for _, others in parts for p in others]
+        norms = [whole(torch.linalg.vector_norm(p.grad)) for _, others in parts for p in others]
         for waiting, _ in parts:
             norms += [ops.mask_grad_norms(*gradient_arguments(leaves)) for leaves in by_device(waiting)]
         norms += self._turn_norms
@@ -241,6 +248,7 @@ class _MaskOptimizer(Optimizer):
 
     def step_leaf(self, leaf: MaskedLeaf) -> None:
         """A layer's turn within backward: what ``step`` does, of one layer."""
+        _check_one_process()
         assert leaf.group is not None
         if self.max_grad_norm is not None:
             self._turn_norms.append(ops.mask_grad_norms(*gradient_arguments([leaf])))
@@ -291,6 +299,15 @@ class _MaskOptimizer(Optimizer):
 
     def _step_tensors(self, group: dict[str, Any], params: list[nn.Parameter]) -> None:
         raise NotImplementedError
+
+
+def _check_one_process() -> None:
+    """Raise in several processes; a process group may be there only after the optimizer."""
+    if in_several_processes():
+        raise RuntimeError(
+            "lean mode steps layers before the gradients of several processes are averaged: give the optimizer "
+            "lean=False"
+        )
 
 
 def by_device(leaves: Iterable[MaskedLeaf]) -> list[list[MaskedLeaf]]:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ablation, cost, functional, reference
+from . import ablation, cost, functional, reference, shards
+from .autograd import KeptMaskedWeight
 from .config import EXECUTIONS
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 from .quantised import dense
+from .sharded_op import GatherAhead, ShardedUse
+from .shards import Part, over_shards
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
 _LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
@@ -27,15 +30,9 @@ def layers_of(params: Iterable[Tensor]) -> list[MaskedLayer]:
     return [by_logits[id(param)] for param in params if id(param) in by_logits]
 
 
-def in_several_processes() -> bool:
-    """Whether this is one of several processes that train together."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
-
-
 def check_numbers(name: str, mask_logits: Tensor) -> None:
     """Raise a ``ValueError`` that names the logits if they hold NaN; infinite ones are masks decided for good."""
-    if bool(torch.isnan(mask_logits.detach()).any()):
+    if over_shards(mask_logits.detach(), lambda s: torch.isnan(s).any().int()):
         raise ValueError(
             f"{name} holds NaN: the training diverged, or a batch held NaN; go back to a checkpoint, and lower the "
             "learning rate or look at the batches"
@@ -50,12 +47,18 @@ def check_execution(execution: str) -> str:
 
 
 class L0Record:
-    """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow."""
+    """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow.
+
+    Attributes:
+        gathered: whether the weight is whole only for the time of a use: then the masked weight is not kept, either.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
         self.value: Tensor | None = None
-        self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere
+        self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
+        self.shard_of: Tensor | None = None  # that the value is of
+        self.gathered = False
 
 
 class MaskedLayer(nn.Module):
@@ -88,6 +91,8 @@ class MaskedLayer(nn.Module):
     mask_init_value: float
     mask_scale: float
     accumulate_in_kernel: bool
+    gather_ahead: GatherAhead | None = None  # see ``sharded_op``
+    reduce_dtype: torch.dtype | None = None
     layer_index: int
     layer_name: str
     masked_weight: MaskedWeight
@@ -152,34 +157,44 @@ class MaskedLayer(nn.Module):
         counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
         if weights:
             per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
-            counts = self.ops.mask_sums(self.mask_logits.detach(), self.temperature, weights_per_logit=per_logit)[1]
-        if self.bias_mask_logits is not None:
-            counts = counts + self.ops.mask_sums(self.bias_mask_logits.detach(), self.temperature)[1]
-        return counts
+            counts = self._counts_of(self.mask_logits, per_logit)
+        return counts if self.bias_mask_logits is None else counts + self._counts_of(self.bias_mask_logits)
+
+    def _counts_of(self, logits: Tensor, per_logit: int = 1) -> Tensor:
+        sums = self.ops.mask_sums
+        return over_shards(logits.detach(), lambda s: sums(s, self.temperature, weights_per_logit=per_logit)[1])
 
     def l0(self) -> Tensor:
         """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
-        per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
-        l0 = self.ops.l0(self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale, per_logit)
-        return l0 if self.bias_mask_logits is None else l0 + self.take_bias_l0()
+        return shards.total(self.l0_parts(recorded=False))
 
-    def take_bias_l0(self) -> Tensor:
-        """The bias's part of ``l0()``, which the last forward in ``per_step`` execution may have left."""
+    def l0_parts(self, recorded: bool = True) -> list[Part]:
+        """``l0()`` in parts, without a pass over the logits where the last forward, told by ``l0_record``, left one."""
+        record, bias_logits = self.l0_record, self.bias_mask_logits
+        l0, record.value = record.value if recorded else None, None
+        # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
+        if l0 is not None and l0.requires_grad == any(not self.is_hard(p) for p in self._logits()):
+            if record.shard_of is None or bias_logits is None:
+                return [Part(l0, record.shard_of)]
+            return [Part(l0, record.shard_of), self.bias_l0_part()]
+        weights = self._l0_of(self.mask_logits, reference.weights_per_logit(self.base_weight(), self.mask_logits))
+        if bias_logits is None:
+            return [weights]
+        biases = self.bias_l0_part()
+        # Added up as forward adds them up, to the bit.
+        whole = weights.of is None and biases.of is None
+        return [Part(weights.value + biases.value)] if whole else [weights, biases]
+
+    def bias_l0_part(self) -> Part:
+        """The bias's part of ``l0()``, which the last forward may have left by itself."""
         l0, self.l0_record.bias_value = self.l0_record.bias_value, None
         logits = self.bias_mask_logits
         assert logits is not None
-        hard = self.is_hard(logits)
-        if l0 is None or l0.requires_grad == hard:
-            return self.ops.l0(self._in_use(logits), self.temperature, hard, self.mask_scale)
-        return l0
+        return self._l0_of(logits) if l0 is None or l0.requires_grad == self.is_hard(logits) else Part(l0)
 
-    def take_l0(self) -> Tensor:
-        """``l0()``, without a pass over the logits where the last forward, told by ``l0_record``, left the sum."""
-        l0, self.l0_record.value = self.l0_record.value, None
-        # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
-        if l0 is None or l0.requires_grad != any(p.requires_grad and not self.is_hard(p) for p in self._logits()):
-            return self.l0()
-        return l0
+    def _l0_of(self, logits: Tensor, per_logit: int = 1) -> Part:
+        mask = (self.temperature, self.is_hard(logits), self.mask_scale, per_logit)
+        return shards.part(self._in_use(logits), lambda s: self.ops.l0(s, *mask))
 
     def _logits(self) -> list[nn.Parameter]:
         return [p for p in (self.mask_logits, self.bias_mask_logits) if p is not None]
@@ -207,9 +222,8 @@ class MaskedLayer(nn.Module):
 
     @property
     def can_wait(self) -> bool:
-        """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight, in one process."""
-        # Gradients of several processes are averaged where autograd leaves them, which is not where these wait.
-        if in_several_processes():
+        """Whether ``per_step`` execution fits: a logit for each weight, of a frozen weight that is not sharded."""
+        if shards.is_sharded(self.weight) or shards.is_sharded(self.mask_logits):
             return False
         # The step walks weight and logits side by side; a weight that was channels_last before surgery lies otherwise.
         weight = self.base_weight()
@@ -283,8 +297,8 @@ class MaskedLayer(nn.Module):
             eager = not torch.compiler.is_compiling()
             arguments.update(
                 execution=self.resolve_execution(x),
-                kept=self.masked_weight if eager else None,
-                accumulate=self.accumulate_in_kernel and eager,
+                kept=self.masked_weight if eager and not self.l0_record.gathered else None,
+                accumulate=self.accumulate_in_kernel and eager and not shards.in_several_processes(),
                 return_l0=True,
             )
         return arguments
@@ -299,6 +313,10 @@ class MaskedLayer(nn.Module):
     def _masked_forward(self, x: Tensor) -> Tensor:
         if self.waits:
             return self._per_step_forward(x)
+        if shards.is_sharded(self._parameters["weight"]):
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break()
+            return self._sharded_forward(x)
         bias, bias_l0 = self.masked_bias()
         result = self._masked_op(x, bias=bias, **self.mask_arguments(x))
         if self.ops is reference:
@@ -332,7 +350,36 @@ class MaskedLayer(nn.Module):
         compiling = torch.compiler.is_compiling() and leaf.value is not None
         masked_weight = leaf.value if compiling else leaf.current(dtype)
         assert masked_weight is not None
+        if shards.in_several_processes():
+            return self._shared_forward(x, masked_weight, bias)
         return self._leaf_forward(x, masked_weight, bias)
+
+    def _shared_forward(self, x: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        """Gradients of several processes are averaged where autograd leaves them: none wait in the leaf."""
+        assert self.leaf is not None
+        mask = (self.weight, self.mask_logits, self.temperature, self.mask_scale)
+        masked_weight, l0 = KeptMaskedWeight.apply(*mask, value.detach(), self.leaf.l0)
+        record = self.l0_record
+        if record.wanted and record.value is None:
+            record.value = l0 if record.bias_value is None else l0 + record.bias_value
+        return self._plain_forward(x, masked_weight, bias)
+
+    def _sharded_forward(self, x: Tensor) -> Tensor:
+        mask = {"weight": self.weight, "mask_logits": self.mask_logits, "temperature": self.temperature}
+        if shards.is_sharded(x):
+            raise NotImplementedError(shards.OTHER_SHARDS.format(found="an input that is a DTensor"))
+        if self.execution == "reference":
+            raise ValueError('execution "reference" needs whole weights, and these are sharded: choose "auto"')
+        use = ShardedUse(
+            self.weight, self._in_use(self.mask_logits), self.temperature, self.hard, self.mask_scale,
+            self.gather_ahead, self.reduce_dtype,
+        )  # fmt: skip
+        bias, bias_l0 = self.masked_bias()
+        out = self._masked_op(x, **mask, bias=bias, scale=self.mask_scale, lean=use)
+        record = self.l0_record
+        if record.wanted and record.value is None:
+            record.value, record.bias_value, record.shard_of = use.l0, bias_l0, self.weight
+        return out
 
     def _weight_for(self, leaf: MaskedLeaf, x: Tensor) -> Any:  # noqa: ARG002, for layers whose weight is quantised
         """What a forward on ``x`` has the leaf bound to."""
@@ -354,6 +401,8 @@ class MaskedLayer(nn.Module):
         return weight, bias
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002, the argument's name in torch.nn
+        if not self.use_masks and shards.is_sharded(self._parameters["weight"]):
+            return self._plain_forward(input, shards.whole(self.weight), self.bias)
         if not self.use_masks:
             return super().forward(input)
         if self.ablation == "none":
@@ -375,7 +424,7 @@ class MaskedLayer(nn.Module):
         Args:
             dtype: of the input, which a quantised weight is dequantised for.
         """
-        weight = self._ablate(dense(self.base_weight(dtype)), self.circuit, "weight")
+        weight = self._ablate(shards.whole(dense(self.base_weight(dtype))), shards.whole(self.circuit), "weight")
         if self.bias is None or self.bias_mask_logits is None:
             return weight, self.bias
         return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
@@ -404,9 +453,9 @@ class MaskedLayer(nn.Module):
 
     def check_complement(self, name: str) -> None:
         """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""
-        ablation.check_complement(self.circuit, f" in {name}")
+        ablation.check_complement(shards.whole(self.circuit), f" in {name}")
         if self.bias_mask_logits is not None:
-            ablation.check_complement(self.bias_mask_logits.detach() > 0, f" in {name}.bias")
+            ablation.check_complement(shards.whole(self.bias_mask_logits.detach()) > 0, f" in {name}.bias")
 
     def clear_ablation_cache(self) -> None:
         """Drop drawn masks and values."""

@@ -315,6 +315,12 @@ class MaskedLeaf:
         assert self.value is not None
         return self.value
 
+    @property
+    def l0(self) -> Tensor:
+        """The sum of this layer's mask as last made: 0-d, without history."""
+        assert self.group is not None
+        return self.group.l0s.detach()[self.index]
+
     def refresh(self) -> None:
         """Bring masked weight and l0 up to date where logits or temperature have changed."""
         self.current(self.weight.dtype if self.value is None else self.value.dtype)

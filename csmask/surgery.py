@@ -16,6 +16,7 @@ from . import quantised
 from .config import CircuitConfig
 from .forward_hooks import has_own_forward, is_offloaded, offloads_submodules
 from .layers import MaskedLayer, keeps_forward, mask_layer, maskable_type, taken_attribute, unmask_layer
+from .shards import is_sharded
 
 _WILDCARDS = frozenset("*?[")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,6 +44,8 @@ def find_targets(model: nn.Module, target_layers: list[str] | str) -> dict[str, 
     targets = [target_layers] if isinstance(target_layers, str) else target_layers
     if not targets:
         raise ValueError('target_layers is empty: name the layers to mask, or use "all-linear" or "all"')
+    if any(is_sharded(param) for param in model.parameters()):
+        raise ValueError("the model is sharded already: make the CircuitModel of the whole model first, then shard it")
     names = module_names(model)
     places = Places(names)
     chosen: set[int] = set()

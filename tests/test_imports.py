@@ -19,14 +19,14 @@ KERNELS = ROOT / "kernels"
 
 # From the bottom up: a module imports only modules of lower levels.
 LEVELS = [
-    {"config", "forward_hooks", "philox", "quantised", "reference", "signature", "state_codes"},
+    {"config", "forward_hooks", "philox", "quantised", "reference", "shards", "signature", "state_codes"},
     {"_plain", "_plain_step"},
     {"_cpp"},
     {"_cpp_linear", "_cpp_step", "_cpp_units"},
     {"_ops"},
     # ablation lies below layers, whose forward uses it
     {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
-    {"lean"},
+    {"lean", "sharded_op"},
     {"functional", "leaf_linear"},
     {"masked_layer", "quantised_base"},
     {"layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
@@ -34,7 +34,7 @@ LEVELS = [
     {"checkpoint"},
     {"state"},
     {"circuit"},
-    {"evaluate", "trainer", "optim"},
+    {"distributed", "evaluate", "trainer", "optim"},
     {"demo", "plan"},
     {"cli"},
     {"__main__"},
