@@ -21,8 +21,8 @@ PAGE = Path(__file__).parent / "api.md"
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 # What each module is for is its docstring; of csmask it is the names that it exports.
 MODULES = (
-    "csmask", "csmask.evaluate", "csmask.trainer", "csmask.schedule", "csmask.functional", "csmask.reference",
-    "csmask.testing",
+    "csmask", "csmask.evaluate", "csmask.trainer", "csmask.distributed", "csmask.schedule", "csmask.functional",
+    "csmask.reference", "csmask.testing",
 )  # fmt: skip
 HIDDEN = {"step_leaf"}  # called by layers that csmask has made, and by nobody else
 INTRODUCTION = """# API reference
