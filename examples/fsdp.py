@@ -118,9 +118,9 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     result |= {"circuit": accuracy(circuit, device), "kept": circuit.density()}
     circuit.set_ablate_mode("zero_ablate")
     result["ablated"] = accuracy(circuit, device)
-    circuit.save_pretrained(options.output)  # gathers: every process calls it, and one writes
     if dist.get_rank() == 0:
-        print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+        print(", ".join(f"{name} {value:.3f}" for name, value in result.items()), flush=True)
+    circuit.save_pretrained(options.output)  # gathers: every process calls it, and one writes
     dist.destroy_process_group()
     return result
 

@@ -26,7 +26,8 @@ def run(*arguments: str) -> dict[str, float]:
         [sys.executable, *arguments], env={**variables, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=240, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    # A process group of gloo that is taken down aborts now and then, after all is done.
+    assert done.returncode == 0 or "terminate called without an active exception" in done.stderr, done.stderr
     assert "Warning" not in done.stderr.replace("UserWarning: Can't initialize NVML", "")
     printed = re.findall(r"(\w+) (\d\.\d{3})", done.stdout)
     assert [name for name, _ in printed] == ["full", "circuit", "kept", "ablated"], done.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import importlib
 import os
-import socket
 import subprocess
 import sys
 import traceback
@@ -134,12 +133,10 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, start: float = 0.1, boun
 
 def run(module: str, path: Path) -> dict[str, object]:
     """Run the cases of a module in two processes; the results by name, a traceback (str) where one failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     processes = []
     for rank in range(2):
-        variables = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port,
+        # Accelerate asks for an address, which nobody listens at.
+        variables = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": "1",
                      "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}  # fmt: skip
         command = [sys.executable, "-c", f"import two_processes; two_processes.one_of_two({module!r}, {str(path)!r})"]
         pipe = subprocess.PIPE
@@ -154,7 +151,11 @@ def one_of_two(module: str, path: str) -> None:
     global folder
     folder = Path(path)
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    # A file to meet at: a port that is found free may be taken a moment later.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=int(os.environ["RANK"]), world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )  # fmt: skip
     importlib.import_module(module)
     results = {}
     for name, function in CASES.items():
@@ -165,7 +166,9 @@ def one_of_two(module: str, path: str) -> None:
         torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)  # a process group of gloo that is taken down by Python aborts now and then
 
 
 def result(results: dict[str, object], name: str) -> object:
