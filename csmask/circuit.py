@@ -19,9 +19,9 @@ from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
 from .functional import check_temperature, check_weight_dtype
 from .layers import MaskedLayer, check_execution
+from .leaf_group import whole_groups
 from .loss import L0Rider, add_to_loss, gives_labels, share_of_step
 from .masked_layer import check_numbers
-from .masked_leaf import whole_groups
 from .masked_weight import KEEP_MODES
 from .philox import check_seed
 from .recompute import checkpoint_frozen_layers, checkpointable_layers

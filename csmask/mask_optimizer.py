@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ._ops import ops
+from .leaf_group import LeafGroup
 from .masked_layer import check_numbers, layers_of
-from .masked_leaf import LEAN_ELSE, LeafGroup, MaskedLeaf, grad_so_far, leaf_of
+from .masked_leaf import LEAN_ELSE, MaskedLeaf, grad_so_far, leaf_of
 from .quantised import dense
 from .shards import in_several_processes, is_sharded, whole
 

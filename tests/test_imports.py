@@ -26,7 +26,7 @@ LEVELS = [
     {"_ops"},
     # ablation lies below layers, whose forward uses it
     {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
-    {"lean", "sharded_op"},
+    {"leaf_group", "lean", "sharded_op"},
     {"functional", "leaf_linear"},
     {"masked_layer", "quantised_base"},
     {"layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
