@@ -11,13 +11,14 @@ one whole. A circuit with an ``l0_target`` adds the state of the controller of i
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,13 @@ def fingerprint(layer: Any) -> dict[str, Any]:
     return {"shape": shape, "dtype": dtype, "sha256": digest.hexdigest()}
 
 
-def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = ()) -> str:
-    """SHA-256 of all of a model's parameters and persistent buffers but those of the layers that are masked."""
+def rest_fingerprint(model: nn.Module, masked: Iterable[nn.Module] = (), trained: Container[str] = ()) -> str:
+    """SHA-256 of all of a model's parameters and persistent buffers but those of masked layers and trained ones."""
     ids = {id(layer) for layer in masked}
     prefixes = tuple(f"{name}." if name else "" for name, module in module_names(model).items() if id(module) in ids)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor) and not name.startswith(prefixes):
+        if isinstance(tensor, Tensor) and not name.startswith(prefixes) and name not in trained:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             quantised_base.hash_tensor(digest, whole(tensor))
     return digest.hexdigest()
@@ -120,7 +121,7 @@ def _write(path: Path, content: dict[str, Any], data: bytes) -> None:
     write_atomically(path / CIRCUIT_FILE, _with_digest(content))
     for stale in path.glob("masks-*.safetensors"):
         if re.fullmatch(r"masks-[0-9a-f]{16}\.safetensors", stale.name) and stale.name != content["masks_file"]:
-            stale.unlink()
+            stale.unlink(missing_ok=True)  # another process may have been quicker
 
 
 def load_circuit(
@@ -133,7 +134,14 @@ def load_circuit(
     config = CircuitConfig.from_dict(content["circuit_config"])
     temperature = check_temperature(content["temperature"])
     control = None if config.l0_target is None else check_state(content.get("l0_control"))
-    targets = find_targets(model, config.target_layers)
+    # The layers by their names: patterns of a file that somebody has sent are not run.
+    strangers = [name for name in content["layers"] if name not in module_names(model)]
+    if strangers:
+        raise ValueError(
+            f"wrong base model: it differs from the saved circuit in its layers: it has no {', '.join(strangers[:4])}"
+        )
+    names = list(content["layers"]) if list(content["layers"]) != [""] else "all"
+    targets = find_targets(model, names)
     _check_base_model(targets, content["layers"], check_base)
     if check_base and rest_fingerprint(model, targets.values()) != content["rest_sha256"]:
         raise ValueError(
@@ -141,7 +149,8 @@ def load_circuit(
             "model (a head, embeddings, norms ...) are not; load that base, or pass check_base=False"
         )
     _check_masks(path, masks, targets, config)
-    circuit = cls(config, model)
+    circuit = cls(dataclasses.replace(config, target_layers=names), model)
+    circuit.circuit_config.target_layers = config.target_layers
     with torch.no_grad():
         for name, param in circuit.named_mask_parameters():
             param.copy_(masks[name])
@@ -252,6 +261,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     digest = content.pop("sha256", None)
     if set(content) - {"l0_control"} != _KEYS or digest != _digest(content):
         raise ValueError(f"{file} was edited or damaged after it was saved: its digest does not match")
+    _check_types(file, content)
     masks = path / Path(content["masks_file"]).name
     if not masks.is_file():
         raise FileNotFoundError(f"{path} holds no {masks.name}, which {CIRCUIT_FILE} names")
@@ -273,7 +283,7 @@ def _read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise FileNotFoundError(f"{file.parent} holds no saved circuit, and {file.name} is not the state of one")
     content = read_description(tensors.pop("_extra_state"))
     base = content.pop("base")
-    if base is None:
+    if not isinstance(base, dict) or base.get("beside") != []:
         raise ValueError(
             f"{file} is the state of a circuit that was trained with parts of its base, or in shards: wrap the base "
             "with CircuitModel and load_state_dict() it"
@@ -281,7 +291,9 @@ def _read_state(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     temperatures = [t for name, t in tensors.items() if name.endswith(".temperature")]
     control = {n.removeprefix("l0_control."): float(t) for n, t in tensors.items() if n.startswith("l0_control.")}
     masks = {n.removeprefix(BASE): t for n, t in tensors.items() if n.endswith("mask_logits")}
+    del base["beside"]
     content.update(base, temperature=float(temperatures[0]) if temperatures else None)
+    _check_types(file, content)
     return {**content, "l0_control": control} if control else content, masks
 
 
@@ -293,12 +305,26 @@ def read_description(state: Any) -> dict[str, Any]:
         raise ValueError(DAMAGED) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(DAMAGED)
+    base = content.get("base")
+    is_whole = isinstance(base, dict) and set(base) == {"rest_sha256", "beside", "layers"}
+    if not (base is None or (is_whole and isinstance(base["layers"], dict))) or "circuit_config" not in content:
+        raise ValueError(DAMAGED)
     if content.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"the state of a circuit has format version {content.get('format_version')!r}, this csmask ({__version__}) "
             f"reads {FORMAT_VERSION}: load it with the csmask that wrote it ({content.get('csmask_version')})"
         )
     return content
+
+
+def _check_types(file: Path, content: dict[str, Any]) -> None:
+    """Raise unless what the file describes has the form of ``save_circuit``: anyone can compute digests anew."""
+    layers = content["layers"]
+    is_whole = isinstance(layers, dict) and all(
+        isinstance(layer, dict) and set(layer) == {"shape", "dtype", "sha256"} for layer in layers.values()
+    )
+    if not is_whole or not isinstance(content.get("masks_file", ""), str):
+        raise ValueError(f"{file} is damaged: it does not describe masked layers as save_pretrained() does")
 
 
 def _refuse_constant(constant: str) -> None:

@@ -7,6 +7,8 @@ import copy
 import inspect
 import math
 import os
+import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,9 +20,10 @@ from .ablation import COMPLEMENT_MODES, check_ablation_mode
 from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
 from .functional import check_temperature, check_weight_dtype
+from .l0_rider import L0Rider
 from .layers import MaskedLayer, check_execution
 from .leaf_group import whole_groups
-from .loss import L0Rider, add_to_loss, gives_labels, share_of_step
+from .loss import add_to_loss, gives_labels, share_of_step
 from .masked_layer import check_numbers
 from .masked_weight import KEEP_MODES
 from .philox import check_seed
@@ -123,12 +126,7 @@ class CircuitModel(nn.Module):
             with checkpoint_frozen_layers(layers) if layers else contextlib.nullcontext():
                 output = self._run_base(*args, **kwargs)
             if add_l0:
-                output = add_to_loss(
-                    output,
-                    lambda: self._l0_penalty(kwargs),
-                    lambda: gives_labels(self.wrapped_model, args, kwargs),
-                    self._without_loss,
-                )
+                output = self._add_l0(output, args, kwargs)
         finally:
             self._record_l0(False)
         return output
@@ -159,14 +157,36 @@ class CircuitModel(nn.Module):
             return {**kwargs, "use_cache": False}
         return kwargs
 
-    def _l0_penalty(self, kwargs: dict[str, Any]) -> Tensor:
-        penalty = self.l0_lambda * self.l0()
-        if kwargs.get("num_items_in_batch") is None or not self._takes_num_items:
-            return penalty
-        return penalty * share_of_step(self.wrapped_model, kwargs)
+    def _add_l0(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        rider = self.l0_rider
+        found: list[Tensor] = []
 
-    def _without_loss(self, output: Any) -> Any:
-        return output if self.l0_rider is None else self.l0_rider.mount(output, lambda: self._l0_penalty({}))
+        def l0() -> Tensor:  # once, though it may ride and be in the loss
+            if not found:
+                found.append(self._total_l0())
+            return found[0]
+
+        def penalty() -> Tensor:
+            total = self.l0_lambda * (l0() if rider is None else rider.watch(l0()))
+            if kwargs.get("num_items_in_batch") is None or not self._takes_num_items:
+                return total
+            return total * share_of_step(self.wrapped_model, kwargs)
+
+        if rider is not None:
+            output = rider.mount(output, lambda: self.l0_lambda * l0())
+        elif kwargs.get("num_items_in_batch") is not None:
+            self._warn_without_rider(output)
+        return add_to_loss(output, penalty, lambda: gives_labels(self.wrapped_model, args, kwargs))
+
+    def _warn_without_rider(self, output: Any) -> None:
+        """transformers' Trainer takes the labels out of the batch, for label smoothing or a loss function."""
+        if isinstance(output, dict) and output.get("loss") is None:
+            warnings.warn(
+                "forward was given num_items_in_batch and no labels, so that the l0 term is in no loss: pass "
+                "callbacks=[TemperatureCallback()] to the Trainer, or add circuit.l0_lambda * circuit.l0() to "
+                "a loss of your own",
+                stacklevel=4,
+            )
 
     @property
     def accepts_loss_kwargs(self) -> bool:
@@ -353,8 +373,12 @@ class CircuitModel(nn.Module):
         reduction = self.circuit_config.l0_reduction if reduction is None else reduction
         if reduction not in L0_REDUCTIONS:
             raise ValueError(f"reduction must be one of {', '.join(map(repr, L0_REDUCTIONS))}, got {reduction!r}")
-        if self.l0_rider is not None:
-            self.l0_rider.taken = True
+        l0 = self._total_l0(reduction)
+        return l0 if self.l0_rider is None else self.l0_rider.watch(l0)
+
+    def _total_l0(self, reduction: str | None = None) -> Tensor:
+        """``l0()``, of whose gradient nobody hears."""
+        reduction = self.circuit_config.l0_reduction if reduction is None else reduction
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
         waiting = [] if shards.in_several_processes() else [layer for layer in layers if layer.waits]
@@ -573,15 +597,40 @@ class CircuitModel(nn.Module):
 
     # Persistence
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(self, directory: str | os.PathLike, is_main_process: bool = True, **_unused: Any) -> None:
         """Save masks, config, temperature and a fingerprint of the base weights, atomically; not the base itself.
 
         Of a sharded circuit every process has to call this, and the first one writes.
 
+        Args:
+            directory: made if it is not there.
+            is_main_process: False for processes that are not to write, where each has all of the circuit.
+            _unused: what transformers' models take besides (``save_function``, ``state_dict`` ...) and is settled here.
+
         Raises:
             ValueError: ``directory`` is a file, or the logits hold NaN.
         """
-        checkpoint.save_circuit(self, directory)
+        if is_main_process or any(shards.is_sharded(p) for p in self.parameters()):
+            checkpoint.save_circuit(self, directory)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **upload: Any) -> Any:
+        """Save the circuit, without its base, and upload it to a repository of the Hugging Face Hub.
+
+        Args:
+            repo_id: as in ``"me/noun-circuit"``; made if it is not there.
+            private: of a repository that is made.
+            upload: further arguments of ``huggingface_hub.HfApi.upload_folder`` (``commit_message``, ``revision`` ...).
+
+        Returns:
+            What ``upload_folder`` returns.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **upload)
 
     @classmethod
     def from_pretrained(
@@ -655,6 +704,15 @@ class CircuitModel(nn.Module):
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), "CircuitModel", 1)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the base has and the circuit has not is set on the base: ``circuit.generation_config = ...``."""
+        base = vars(self).get("_modules", {}).get("wrapped_model")
+        is_own = base is None or name.startswith("_") or name == "forward" or hasattr(type(self), name)
+        if is_own or name in vars(self) or name in self._modules or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -55,14 +55,23 @@ def shard_circuit(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
+    if not isinstance(circuit, CircuitModel):
+        raise TypeError(f"shard_circuit takes a CircuitModel, got {type(circuit).__name__}")
     layers = circuit.masked_layers
+    if not layers:
+        raise ValueError("the circuit was unloaded: it has no masked layers any more")
     for name, layer in layers.items():
         _check(name, layer)
     if mesh is None:
         device_type = circuit.mask_parameters()[0].device.type
         mesh = init_device_mesh(device_type, (torch.distributed.get_world_size(),))
     if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: give mesh[name] of the one to shard over")
+        raise ValueError(f"mesh must have one dimension, got {mesh.ndim}: to shard within replicas use fully_shard")
+    if mesh.size() != torch.distributed.get_world_size():
+        raise ValueError(
+            f"mesh must hold all {torch.distributed.get_world_size()} processes, got {mesh.size()}: gradients are not "
+            "averaged over others; to shard within replicas use fully_shard"
+        )
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.accelerator.current_device_index())
@@ -77,7 +86,6 @@ def shard_circuit(
         return nn.Parameter(found, requires_grad=param.requires_grad)
 
     ahead = GatherAhead()
-    circuit.register_forward_pre_hook(ahead.begin)
     made: dict[int, nn.Parameter] = {}
     for layer in layers.values():
         for name in ("weight", "mask_logits"):
@@ -92,6 +100,7 @@ def shard_circuit(
         layer.masked_weight.drop()
         if layer.bias_mask_logits is not None:
             layer.bias_mask_logits.register_post_accumulate_grad_hook(_Average(mesh))
+    circuit.register_forward_pre_hook(ahead.begin)
     return set(made.values())
 
 
@@ -110,6 +119,8 @@ class _Average:
 def _check(name: str, layer: MaskedLayer) -> None:
     if is_sharded(layer.weight):
         problem = "it is sharded already"
+    elif layer.weight.is_meta:
+        problem = "its weight is on the meta device: load it first"
     elif type(layer.weight) is not nn.Parameter:
         problem = "its weight is quantised"
     elif layer.mask_unit != "weight":

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 # Arguments beside "labels", "next_sentence_label" ... that make a transformers model compute a loss.
@@ -90,62 +89,3 @@ def _shifts_labels(model: nn.Module) -> bool:
 
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-
-
-class L0Rider:
-    """Brings the gradient of the l0 term into a backward whose loss is computed outside of the circuit's forward.
-
-    transformers' Trainer does so with label smoothing or a ``compute_loss_func``: it takes the labels from the batch,
-    and forward returns no loss that a term could be added to. The term then rides on the outputs: they stay what they
-    are, and when a gradient comes to them, the term's has come, too.
-
-    Attributes:
-        armed: whether the next forward in training is the one of its optimizer step that takes the term along.
-        taken: whether somebody has taken ``circuit.l0()`` for a loss of their own since: then nothing rides.
-        scale: of the loss, that of a ``GradScaler``.
-    """
-
-    def __init__(self, scale: Callable[[], Tensor | float] = lambda: 1.0) -> None:
-        self.armed = self.taken = False
-        self.scale = scale
-
-    def mount(self, output: Any, penalty: Callable[[], Tensor]) -> Any:
-        """``output``, in which one tensor takes the gradient of ``penalty()`` along."""
-        if not (self.armed and torch.is_grad_enabled()):
-            return output
-        self.armed = False
-        if isinstance(output, Tensor):
-            return self._carry(output, penalty)
-        if isinstance(output, dict):
-            keys = [key for key in ("logits", *output) if _has_gradient(output.get(key))]
-            if keys:
-                output[keys[0]] = self._carry(output[keys[0]], penalty)
-        elif isinstance(output, tuple) and not hasattr(output, "_fields"):
-            places = [i for i, value in enumerate(output) if _has_gradient(value)]
-            if places:
-                first = places[0]
-                return (*output[:first], self._carry(output[first], penalty), *output[first + 1 :])
-        return output
-
-    def _carry(self, tensor: Tensor, penalty: Callable[[], Tensor]) -> Tensor:
-        term = penalty().to(tensor.device)
-        self.taken = False  # what has been taken just now is the term's own
-        return _Ride.apply(tensor, term, self)
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
-
-
-class _Ride(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, term: Tensor, rider: L0Rider) -> Tensor:
-        ctx.rider, ctx.term = rider, (term.dtype, term.device)
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        if ctx.rider.taken:
-            return grad, None, None
-        dtype, device = ctx.term
-        return grad, torch.as_tensor(ctx.rider.scale(), dtype=dtype, device=device).reshape(()), None

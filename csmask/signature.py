@@ -21,6 +21,7 @@ def class_like(cls: type, model: nn.Module) -> type:
     A user's subclass of ``CircuitModel`` whose forward names arguments keeps that signature.
     """
     original: Any = getattr(cls, "_circuit_class", cls)
+    model = _without_adapters(model)
     try:
         signature = inspect.signature(model.forward)
         own = list(inspect.signature(original.forward).parameters.values())[1:]
@@ -60,32 +61,66 @@ def takes_num_items(model: nn.Module) -> bool:
     transformers takes a ``**kwargs`` in forward for that, but many forwards (BERT's, BART's, T5's) compute the mean of
     the labels at hand all the same: of those, a Trainer that accumulates gradients would add up means.
     """
-    get_base_model = getattr(model, "get_base_model", None)  # PEFT's wrappers pass everything on
-    model = model if get_base_model is None else get_base_model()
+    model = _without_adapters(model)
     declared = getattr(model, "accepts_loss_kwargs", None)
     if declared is not None:
         return bool(declared)
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values()):
         return False
-    return _passes_kwargs_to_loss(inspect.unwrap(type(model).forward))
+    if getattr(getattr(model, "config", None), "problem_type", None) in _MEANS:
+        return False
+    return any(_uses_num_items(cls) for cls in _forwards(type(model)))
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The model that PEFT's wrappers pass everything on to."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+_NUM_ITEMS = "num_items_in_batch"
+_MEANS = ("regression", "multi_label_classification")  # whose losses are means of the batch at hand
+
+
+def _forwards(cls: type) -> list[Any]:
+    """The forward of a class, and those of its bases that it passes its arguments on to."""
+    found = []
+    for base in cls.__mro__:
+        if "forward" in vars(base) and base is not nn.Module:
+            found.append(inspect.unwrap(vars(base)["forward"]))
+            if "super().forward" not in _source(found[-1]):
+                break
+    return found
 
 
 @functools.lru_cache(maxsize=256)
-def _passes_kwargs_to_loss(forward: Any) -> bool:
+def _source(forward: Any) -> str:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
+        return textwrap.dedent(inspect.getsource(forward))
+    except (OSError, TypeError):
+        return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _uses_num_items(forward: Any) -> bool:
+    """Whether a forward names the number, or passes its ``**kwargs`` on together with labels or to a loss."""
+    try:
+        tree = ast.parse(_source(forward))
+    except SyntaxError:
+        return True
+    if not tree.body:
         return True  # as transformers assumes
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.arg)) and getattr(node, "id", getattr(node, "arg", "")) == _NUM_ITEMS:
             return True
         if isinstance(node, ast.keyword) and node.arg == _NUM_ITEMS:
             return True
-        if not (isinstance(node, ast.Call) and "loss" in ast.unparse(node.func).lower()):
+        if not isinstance(node, ast.Call) or not any(keyword.arg is None for keyword in node.keywords):
             continue
-        if any(keyword.arg is None for keyword in node.keywords):
+        function = ast.unparse(node.func)
+        if function == "super().forward":  # looked at by itself
+            continue
+        given = {keyword.arg for keyword in node.keywords} | {ast.unparse(arg) for arg in node.args}
+        if "loss" in function.lower() or "labels" in given:
             return True
     return False
-
-
-_NUM_ITEMS = "num_items_in_batch"

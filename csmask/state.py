@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import __version__, quantised, quantised_base
 from .checkpoint import BASE, FORMAT, FORMAT_VERSION, fingerprint, read_description, rest_fingerprint
+from .config import CircuitConfig
 from .surgery import adapter_parameters
 
 if TYPE_CHECKING:
@@ -82,44 +83,76 @@ def describe(circuit: CircuitModel) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(content, allow_nan=False).encode()), dtype=torch.uint8)
 
 
-def base_fingerprint(circuit: CircuitModel) -> dict[str, Any] | None:
-    """Fingerprint of the frozen base, computed once until the base changes; None where there is none to be had.
+def base_fingerprint(circuit: CircuitModel, afresh: bool = False) -> dict[str, Any] | None:
+    """Fingerprint of all that is in no state of the circuit, kept until it changes; None where there is none.
 
     A base that is trained is in the state itself; one that is on the meta device or sharded has no bytes at hand.
+
+    Args:
+        afresh: look at all bytes: what writes to ``param.data`` is not seen otherwise.
     """
     if not circuit.circuit_config.freeze_base:
         return None
     model, layers = circuit.wrapped_model, circuit.masked_layers
     logits = {id(p) for p in circuit.mask_parameters()}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in logits]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in logits and not t.requires_grad]
     if any(t.is_meta or not quantised_base.is_stored_plainly(t) for t in tensors):
         return None
-    if any(t.requires_grad for t in tensors):
-        return None  # something beside the masks is trained: it is in the state
     temperatures = {id(layer.temperature) for layer in layers.values()}
     plain = [part for t in tensors if id(t) not in temperatures for part in quantised.plain_tensors(t)]
     key = tuple((t.data_ptr(), t._version) for t in plain)
-    if circuit._fingerprint is None or circuit._fingerprint[0] != key:
+    if afresh or circuit._fingerprint is None or circuit._fingerprint[0] != key:
+        kept = names_beside_masks(circuit)
         found = {
-            "rest_sha256": rest_fingerprint(model, layers.values()),
+            "rest_sha256": rest_fingerprint(model, layers.values(), kept),
+            "beside": sorted(kept),
             "layers": {name: fingerprint(layer) for name, layer in layers.items()},
         }
         circuit._fingerprint = (key, found)
     return circuit._fingerprint[1]
 
 
+def names_beside_masks(circuit: CircuitModel) -> set[str]:
+    """Names, in the base's manner, of what the state holds of the base, and of all that shares its memory."""
+    frozen = frozen_names(circuit)
+    masked = tuple(f"{name}." if name else "" for name in circuit.masked_layers)
+    named = dict(circuit.wrapped_model.named_parameters(remove_duplicate=False))
+    return {
+        name
+        for name, param in named.items()
+        if not name.startswith(masked) and (BASE + name not in frozen or param.requires_grad)
+    }
+
+
 def check_description(circuit: CircuitModel, state: Any) -> None:
     """Raise unless the state was saved from masks of this kind over this base; nothing is loaded yet."""
     content = read_description(state)
-    saved, own = content["base"], base_fingerprint(circuit)
+    _check_kind(CircuitConfig.from_dict(content["circuit_config"]), circuit.circuit_config)
+    saved, own = content["base"], base_fingerprint(circuit, afresh=True)
     if saved is None or own is None or saved == own:
         return
     layers, found = saved["layers"], own["layers"]
     if list(layers) != list(found):
         which = ", ".join(sorted(set(layers) ^ set(found))[:4]) or "their order"
         raise ValueError(f"the state belongs to a circuit over other layers: {which}")
-    other = [name for name in layers if layers[name] != found[name]][:4] or ["another layer than the masked ones"]
+    other = [name for name in layers if layers[name] != found[name]][:4]
+    if not other and saved["beside"] != own["beside"]:
+        return  # another part of the base is trained here: what both have frozen is not known apart
     raise ValueError(
-        f"wrong base model: the state was saved over other weights of {', '.join(other)}; load that base, or pop "
+        f"wrong base model: the state was saved over other weights of "
+        f"{', '.join(other) or 'another layer than the masked ones'}; load that base, or pop "
         '"_extra_state" from the state to put the masks on this one'
     )
+
+
+def _check_kind(saved: CircuitConfig, own: CircuitConfig) -> None:
+    """Raise where logits of one config would mean something else in the other."""
+    names = ["mask_unit", "mask_bias", "rescale"]
+    if saved.mask_hparams["rescale"]:
+        names.append("mask_init_value")  # the scale of rescaled masks
+    for name in names:
+        if saved.mask_hparams[name] != own.mask_hparams[name]:
+            raise ValueError(
+                f"the state was saved from masks with {name}={saved.mask_hparams[name]!r}, and this circuit has "
+                f"{name}={own.mask_hparams[name]!r}: make it from the saved config"
+            )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .circuit import CircuitModel
-from .loss import L0Rider
+from .l0_rider import L0Rider
 from .mask_optimizer import _MaskOptimizer
 from .schedule import TemperatureSchedule, temperature_at
 
@@ -70,20 +72,27 @@ class TemperatureCallback(TrainerCallback):
         if self.per == "epoch":
             if circuit.circuit_config.l0_target is not None:
                 raise ValueError("l0_target counts optimizer steps: use TemperatureCallback(per='step')")
+            if state.num_train_epochs >= sys.maxsize:  # what transformers makes of a dataset without a length
+                raise ValueError("the training dataset has no length to count epochs by: use per='step'")
             total, done = math.ceil(state.num_train_epochs), int(state.epoch or 0)
         settings = {"total": total, "max_temperature": self.max_temperature, "kind": self.kind}
         self.schedule = TemperatureSchedule(circuit, **settings)
         self.schedule.load_state_dict({**settings, "t": done})
-        circuit.l0_rider = L0Rider() if scaler is None else L0Rider(scaler.get_scale)
+        if circuit.circuit_config.add_l0 and any(p.requires_grad for p in circuit.mask_parameters()):
+            circuit.l0_rider = L0Rider() if scaler is None else L0Rider(scaler.get_scale)
+        if isinstance(kwargs["model"], nn.Module) and hasattr(kwargs["model"], "peft_config"):
+            _check_adapters(kwargs["model"])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.circuit is not None and self.circuit.l0_rider is not None:
-            self.circuit.l0_rider.armed = self.circuit.circuit_config.add_l0
+            self.circuit.l0_rider.begin_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         assert self.schedule is not None
+        if self.circuit is not None and self.circuit.l0_rider is not None:
+            self.circuit.l0_rider.end_step()
         self._check_logits(control)
         if self.per == "step":
             self.schedule.step()
@@ -127,6 +136,15 @@ class TemperatureCallback(TrainerCallback):
     ) -> None:
         if self.circuit is not None:
             self.circuit.l0_rider = None
+
+
+def _check_adapters(model: nn.Module) -> None:
+    if not isinstance(model, CircuitModel):
+        warnings.warn(
+            "the Trainer's model is a PEFT model over a circuit, whose checkpoints hold adapters and no masks: mask "
+            "the model with adapters instead, CircuitModel(config, get_peft_model(model, ...))",
+            stacklevel=3,
+        )
 
 
 def circuit_in(model: nn.Module) -> CircuitModel:

@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels"
 
 # From the bottom up: a module imports only modules of lower levels.
 LEVELS = [
-    {"config", "forward_hooks", "philox", "quantised", "reference", "shards", "signature", "state_codes"},
+    {"config", "forward_hooks", "l0_rider", "philox", "quantised", "reference", "shards", "signature", "state_codes"},
     {"_plain", "_plain_step"},
     {"_cpp"},
     {"_cpp_linear", "_cpp_step", "_cpp_units"},

@@ -63,16 +63,47 @@ def test_a_circuit_inside_another_module():
 
 
 def test_what_is_trained_beside_the_masks_is_in_the_state():
-    circuit, other = circuit_of(), circuit_of(seed=1)
+    """And what is not is checked all the same."""
+    circuit, other = circuit_of(), circuit_of()
     for c in (circuit, other):
         c.wrapped_model.classifier.requires_grad_(True)
+    with torch.no_grad():
+        other.wrapped_model.classifier.weight.add_(1)
     state = circuit.state_dict()
     assert {name for name in state if "classifier" in name} == {
         "wrapped_model.classifier.weight", "wrapped_model.classifier.bias"
     }  # fmt: skip
-    # Nothing tells the base from another one then: its fingerprint would change with every step.
     other.load_state_dict(state)
     assert torch.equal(other.wrapped_model.classifier.weight, circuit.wrapped_model.classifier.weight)
+    for wrong in (circuit_of(seed=1), circuit_of(seed=1)):
+        with pytest.raises(ValueError, match=r"wrong base model.*bert\.encoder"):
+            wrong.load_state_dict(state, strict=False)
+        wrong.wrapped_model.classifier.requires_grad_(True)
+    with torch.no_grad():
+        other.wrapped_model.bert.embeddings.word_embeddings.weight.add_(1)
+    with pytest.raises(ValueError, match=r"wrong base model.*another layer than the masked ones"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [({"rescale": True}, "rescale=True.*rescale=False"), ({"mask_unit": "neuron"}, "mask_unit='neuron'.*'weight'"),
+     ({"mask_bias": True}, "mask_bias=True.*mask_bias=False")],
+)  # fmt: skip
+def test_a_state_of_other_masks_is_refused(hparams, message):
+    circuit = circuit_of()
+    before = masks(circuit).clone()
+    with pytest.raises(ValueError, match=message):
+        circuit.load_state_dict(circuit_of(mask_hparams=hparams).state_dict(), strict=False)
+    assert torch.equal(masks(circuit), before)
+
+
+def test_a_base_that_was_written_to_unseen_is_told_apart():
+    circuit = circuit_of()
+    state = circuit.state_dict()
+    next(iter(circuit.masked_layers.values())).weight.data.mul_(3)
+    with pytest.raises(ValueError, match="wrong base model"):
+        circuit.load_state_dict(state)
 
 
 def test_a_base_that_is_trained_is_in_the_state():

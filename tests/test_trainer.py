@@ -222,6 +222,161 @@ def test_a_loss_function_of_the_user(takes_l0, accumulate, tmp_path):
     assert circuit.l0_rider is None
 
 
+class Own(Trainer):
+    """Its loss is computed from the outputs, though forward has computed one: a weighted or focal loss, say."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class Distilling(Trainer):
+    """Two forwards for each step, of which the first has no gradient."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        model(**inputs).logits.detach()
+        outputs = model(**inputs)
+        loss = nn.functional.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+class Adding(Own):
+    """Adds the loss of forward, with its l0 term, to one of its own."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        own = nn.functional.cross_entropy(outputs.logits, inputs["labels"])
+        loss = 0.5 * own + 0.5 * (outputs.loss - outputs.loss.detach()) + outputs.loss.detach() * 0.5
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("kind", [Own, Distilling])
+def test_a_trainer_with_a_loss_of_its_own_keeps_the_l0_term(kind, tmp_path):
+    circuit = build("vit")
+    kind(
+        model=circuit, args=arguments(tmp_path), train_dataset=rows("vit"), optimizers=sgd(circuit),
+        callbacks=[TemperatureCallback(20.0)],
+    ).train()  # fmt: skip
+    assert_close(logits(circuit), by_hand("vit")[0])
+
+
+@pytest.mark.dropin
+def test_a_term_that_is_in_the_loss_does_not_ride_too(tmp_path):
+    """Half of forward's loss, and half of one of its own: half of the term, not more."""
+    circuit = build("vit")
+    Adding(
+        model=circuit, args=arguments(tmp_path), train_dataset=rows("vit"), optimizers=sgd(circuit),
+        callbacks=[TemperatureCallback(20.0)],
+    ).train()  # fmt: skip
+    want = build("vit", execution="reference", add_l0=False)
+    optimizer, data = sgd(want)[0], rows("vit")
+    for t in range(6):
+        want.temperature = temperature_at(t, 6, 20.0)
+        chosen = data[8 * (t % 2) : 8 * (t % 2) + 8]
+        batch = {name: torch.stack([row[name] for row in chosen]) for name in ("pixel_values", "labels")}
+        (want(**batch).loss + 0.5 * L0_LAMBDA * want.l0()).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert_close(logits(circuit), logits(want))
+
+
+@pytest.mark.dropin
+@pytest.mark.parametrize("look", ["telemetry", "l0 without gradient", "hidden states"])
+def test_a_loss_function_that_only_looks_at_l0(look, tmp_path):
+    circuit = build("vit")
+    if look == "hidden states":
+        circuit.wrapped_model.config.output_hidden_states = True
+
+    def function(outputs, labels, num_items_in_batch=None):
+        if look == "telemetry":
+            circuit.telemetry()
+        with torch.no_grad():
+            circuit.l0().item()
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    train(circuit, arguments(tmp_path, 4, 2), "vit", optimizers=sgd(circuit), compute_loss_func=function)
+    assert_close(logits(circuit), by_hand("vit")[0])
+
+
+def test_a_step_without_the_l0_term_is_warned_of(tmp_path):
+    circuit = build("vit")
+    function = lambda outputs, labels, num_items_in_batch=None: circuit.mask_parameters()[0].square().sum()  # noqa: E731
+    with pytest.warns(UserWarning, match="l0 term had no part in this optimizer step"):
+        train(circuit, arguments(tmp_path), "vit", optimizers=sgd(circuit), compute_loss_func=function)
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.warns(UserWarning, match=r"callbacks=\[TemperatureCallback\(\)\] to the Trainer"):
+        train(build("vit"), args, "vit", callbacks=[])
+
+
+@pytest.mark.parametrize("delegates", ["labels and kwargs", "super"])
+@pytest.mark.dropin
+def test_a_forward_that_delegates_its_loss_counts_labels(delegates, tmp_path):
+    class Delegating(type(MODELS["gpt2"].build())):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            if delegates == "super":
+                return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+            return type(self).__mro__[1].forward(self, input_ids, labels=labels, **kwargs)
+
+    def run(folder, size, accumulate):
+        model = MODELS["gpt2"].build(dropout=0.1)
+        model.__class__ = Delegating
+        circuit = CircuitModel(CircuitConfig(target_layers=list(MODELS["gpt2"].targets), l0_lambda=L0_LAMBDA), model)
+        return losses(train(circuit, arguments(folder, size, accumulate), "gpt2", optimizers=sgd(circuit)))
+
+    assert run(tmp_path / "a", 2, 4) == pytest.approx(run(tmp_path / "b", 8, 1), rel=1e-5)
+
+
+def test_epochs_of_a_dataset_without_a_length_are_refused(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows("vit"))
+
+    circuit = build("vit")
+    trainer = Trainer(
+        model=circuit, args=arguments(tmp_path, max_steps=4), train_dataset=Stream(),
+        callbacks=[TemperatureCallback(per="epoch")],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no length to count epochs by: use per='step'"):
+        trainer.train()
+
+
+def test_generation_settings_given_to_the_circuit_are_the_bases():
+    circuit = build("bart")
+    from transformers import GenerationConfig
+
+    circuit.generation_config = GenerationConfig(max_new_tokens=3, decoder_start_token_id=2)
+    assert circuit.wrapped_model.generation_config.max_new_tokens == 3
+    head = nn.Linear(32, 7)
+    circuit.lm_head = head
+    assert circuit.wrapped_model.lm_head is head
+    circuit.note = "mine"
+    assert "note" in vars(circuit)
+    assert not hasattr(circuit.wrapped_model, "note")
+
+
+def test_saving_takes_what_transformers_models_take(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    circuit, calls = build("vit"), []
+    circuit.save_pretrained(tmp_path / "none", is_main_process=False, save_function=torch.save)
+    assert not (tmp_path / "none").exists()
+    circuit.save_pretrained(tmp_path / "one", is_main_process=True, safe_serialization=True, state_dict={})
+    assert (tmp_path / "one" / "circuit.json").is_file()
+
+    class Api:
+        def create_repo(self, repo_id, **options):
+            calls.append(repo_id)
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            calls.append(sorted(path.name.split("-")[0] for path in Path(folder_path).iterdir()))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    circuit.push_to_hub("me/circuit")
+    assert calls == ["me/circuit", ["circuit.json", "masks"]]
+
+
 @every_family
 def test_logs_evaluation_and_prediction(family, tmp_path):
     circuit = build(family, execution="per_forward")
