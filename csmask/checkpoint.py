@@ -134,13 +134,7 @@ def load_circuit(
     config = CircuitConfig.from_dict(content["circuit_config"])
     temperature = check_temperature(content["temperature"])
     control = None if config.l0_target is None else check_state(content.get("l0_control"))
-    # The layers by their names: patterns of a file that somebody has sent are not run.
-    strangers = [name for name in content["layers"] if name not in module_names(model)]
-    if strangers:
-        raise ValueError(
-            f"wrong base model: it differs from the saved circuit in its layers: it has no {', '.join(strangers[:4])}"
-        )
-    names = list(content["layers"]) if list(content["layers"]) != [""] else "all"
+    names = _target_layers(model, config, content["layers"])
     targets = find_targets(model, names)
     _check_base_model(targets, content["layers"], check_base)
     if check_base and rest_fingerprint(model, targets.values()) != content["rest_sha256"]:
@@ -158,6 +152,18 @@ def load_circuit(
     if circuit.l0_control is not None and control is not None:
         circuit.l0_control.load_state(control)
     return circuit.eval()
+
+
+def _target_layers(model: nn.Module, config: CircuitConfig, layers: dict[str, Any]) -> list[str] | str:
+    """The config's, but for regular expressions of a file that somebody has sent, which may run for years."""
+    given = [config.target_layers] if isinstance(config.target_layers, str) else config.target_layers
+    if not any(target.startswith("re:") for target in given):
+        return config.target_layers
+    known = module_names(model)
+    if any(name not in known for name in layers):
+        strangers = [name for name in layers if name not in known][:4]
+        raise ValueError(f"wrong base model: it differs from the saved circuit in its layers: {', '.join(strangers)}")
+    return list(layers)
 
 
 def export_model(circuit: CircuitModel) -> nn.Module:

@@ -115,12 +115,12 @@ def base_fingerprint(circuit: CircuitModel, afresh: bool = False) -> dict[str, A
 def names_beside_masks(circuit: CircuitModel) -> set[str]:
     """Names, in the base's manner, of what the state holds of the base, and of all that shares its memory."""
     frozen = frozen_names(circuit)
-    masked = tuple(f"{name}." if name else "" for name in circuit.masked_layers)
+    masked = {id(param) for layer in circuit.masked_layers.values() for param in layer.parameters(recurse=False)}
     named = dict(circuit.wrapped_model.named_parameters(remove_duplicate=False))
     return {
         name
         for name, param in named.items()
-        if not name.startswith(masked) and (BASE + name not in frozen or param.requires_grad)
+        if id(param) not in masked and (BASE + name not in frozen or param.requires_grad)
     }
 
 

@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     data = TensorDataset(torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target))
     train_set, test_set = random_split(data, [1297, 500])
     size = 64 // accelerator.num_processes // accelerator.gradient_accumulation_steps
-    train, test = DataLoader(train_set, batch_size=size, shuffle=True), DataLoader(test_set, batch_size=250)
+    # drop_last: accelerator.backward divides by the micro-batches of a full step, also where an epoch ends with fewer.
+    train = DataLoader(train_set, batch_size=size, shuffle=True, drop_last=True)
+    test = DataLoader(test_set, batch_size=250)
     train, test = accelerator.prepare(train, test)
 
     # The network itself, as anyone would train it.

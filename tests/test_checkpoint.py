@@ -489,6 +489,37 @@ def test_a_base_of_other_shapes_or_layers(saved, check_base):
     refused(saved[0], ValueError, message, unbiased, check_base=check_base)
 
 
+def test_regular_expressions_of_a_file_are_not_run(tmp_path):
+    """One that backtracks without an end; the layers that it has matched are in the file."""
+    circuit = CircuitModel(CircuitConfig(target_layers=["re:hid.*", "conv"]), PLAIN.build())
+    circuit.save_pretrained(tmp_path)
+    file = tmp_path / "circuit.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    content["circuit_config"]["target_layers"] = ["re:(([a-z0-9_.]+)+)+!", "conv"]
+    file.write_bytes(checkpoint._with_digest(content))
+    loaded = CircuitModel.from_pretrained(PLAIN.build(), tmp_path)
+    assert list(loaded.masked_layers) == ["conv", "hidden"]
+    assert loaded.circuit_config.target_layers == content["circuit_config"]["target_layers"]
+    less = PLAIN.build()
+    del less.hidden
+    refused(tmp_path, ValueError, "wrong base model: .*in its layers: hidden", less)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda c: c.update(layers=[]), lambda c: c["layers"].update(conv={}), lambda c: c.update(masks_file=5)],
+)
+def test_contents_of_another_form_are_damage(tmp_path, change):
+    CircuitModel(CircuitConfig(target_layers=["conv"]), PLAIN.build()).save_pretrained(tmp_path)
+    file = tmp_path / "circuit.json"
+    content = json.loads(file.read_text())
+    del content["sha256"]
+    change(content)
+    file.write_bytes(checkpoint._with_digest(content))
+    refused(tmp_path, ValueError, "is damaged: it does not describe masked layers", PLAIN.build())
+
+
 def test_a_base_that_is_masked_already(saved):
     folder, circuit = saved
     before = snapshot(circuit.wrapped_model)
