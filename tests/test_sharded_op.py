@@ -173,7 +173,24 @@ def refused():
     def eight_bits():
         MaskAdamW(sharded()[0].mask_parameters(), state_bits=8)
 
+    def unloaded():
+        circuit = build()
+        circuit.unload()
+        shard_circuit(circuit)
+
+    def without_weights():
+        circuit = build().to("meta")
+        hooks = len(circuit._forward_pre_hooks)
+        error = error_of(lambda: shard_circuit(circuit))
+        assert len(circuit._forward_pre_hooks) == hooks
+        raise ValueError(error)
+
+    replicas = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     return {
+        "must hold all 2 processes, got 1": error_of(lambda: shard_circuit(build(), replicas["shard"])),
+        "it has no masked layers any more": error_of(unloaded),
+        "on the meta device: load it first": error_of(without_weights),
+        "takes a CircuitModel, got str": error_of(lambda: shard_circuit("circuit")),
         "use state_bits=32": error_of(eight_bits),
         "neuron": error_of(lambda: shard_circuit(build(mask_hparams={"mask_unit": "neuron"}))),
         "trained": error_of(lambda: shard_circuit(build(freeze_base=False))),
@@ -185,7 +202,7 @@ def refused():
 
 def test_what_cannot_be_sharded_says_so(results):
     for text, error in result(results, "refused").items():
-        assert error.startswith("ValueError: ")
+        assert error.startswith(("ValueError: ", "TypeError: "))
         assert text in error
     with pytest.raises(RuntimeError, match="needs a process group"):
         shard_circuit(build())

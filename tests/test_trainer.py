@@ -328,6 +328,52 @@ def test_a_forward_that_delegates_its_loss_counts_labels(delegates, tmp_path):
     assert run(tmp_path / "a", 2, 4) == pytest.approx(run(tmp_path / "b", 8, 1), rel=1e-5)
 
 
+@pytest.mark.dropin
+def test_adapters_under_a_circuit_leave_label_smoothing_and_columns_as_they_are(tmp_path):
+    """Trainer goes by the class's name and the forward's arguments: those of the model that has adapters."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True)  # no task_type: PEFT passes kwargs on
+    model = get_peft_model(MODELS["gpt2"].build(dropout=0.1), lora)
+    circuit = CircuitModel(CircuitConfig(target_layers=["re:.*mlp.c_fc"], l0_lambda=L0_LAMBDA), model)
+    with torch.no_grad():
+        for param in circuit.mask_parameters():
+            param.copy_(torch.randn(param.shape, generator=torch.Generator().manual_seed(2)))
+    args = arguments(tmp_path, label_smoothing_factor=0.2)
+    trainer = train(circuit, args, "gpt2", eval_dataset=rows("gpt2"))
+    batch = {name: torch.stack([row[name] for row in rows("gpt2")]) for name in ("input_ids", "labels")}
+    with torch.no_grad():
+        expected = smoothed(circuit.eval(), batch)
+    args = arguments(tmp_path, label_smoothing_factor=0.2, per_device_eval_batch_size=16)
+    evaluated = Trainer(model=circuit, args=args, eval_dataset=rows("gpt2")).evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert trainer.label_names == ["labels"]
+
+
+def test_a_circuit_under_adapters_is_warned_of(tmp_path):
+    """Trainer would save the adapters and lose the masks."""
+    from peft import LoraConfig, get_peft_model
+
+    outer = get_peft_model(build("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    for name, param in outer.named_parameters():
+        param.requires_grad_("mask_logits" in name or "lora_" in name)
+    with pytest.warns(UserWarning, match="checkpoints hold adapters and no masks"):
+        train(outer, arguments(tmp_path, num_train_epochs=1), "gpt2")
+
+
+def test_losses_that_are_means_are_divided_by_micro_batches():
+    """transformers' losses of regression and of several labels ignore the number of labels in the step."""
+    model = MODELS["vit"].build()
+    assert CircuitModel(CircuitConfig(target_layers="all-linear"), model).accepts_loss_kwargs
+    for problem in ("regression", "multi_label_classification"):
+        model = MODELS["vit"].build()
+        model.config.problem_type = problem
+        assert not CircuitModel(CircuitConfig(target_layers="all-linear"), model).accepts_loss_kwargs
+    expected = {"bert": False, "bart": False, "resnet": False, "gpt2": True, "llama": True, "modernbert": False}
+    found = {name: build(name).accepts_loss_kwargs for name in expected}
+    assert found == expected
+
+
 def test_epochs_of_a_dataset_without_a_length_are_refused(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
