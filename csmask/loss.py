@@ -16,29 +16,28 @@ def add_to_loss(
     output: Any,
     penalty: Callable[[], Tensor],
     has_labels: Callable[[], bool],
-    without_loss: Callable[[Any], Any] = lambda output: output,
 ) -> Any:
     """``output`` with ``penalty()`` added to its loss, if it has one.
 
     Args:
         output: a transformers ``ModelOutput``, a dict, a named tuple or an object with a ``loss``; or a plain tuple
-            (``return_dict=False``), whose first element is the loss if labels were given.
+            (``return_dict=False``), whose first element is the loss if it is one number and has a gradient, or labels
+            were given.
         penalty: 0-d, called only if there is a loss.
         has_labels: whether labels were given; called only for a plain tuple.
-        without_loss: what to return in place of an output that has none.
 
     Raises:
         ValueError: a loss that is not one number, to whose elements the term would be added over and over.
     """
     if isinstance(output, tuple) and not hasattr(output, "_fields"):
         first = output[0] if output else None
-        if isinstance(first, Tensor) and first.dim() == 0 and has_labels():
-            return (first + penalty().to(first.device), *output[1:])
-        return without_loss(output)
+        if not isinstance(first, Tensor) or first.dim() or not (first.requires_grad or has_labels()):
+            return output
+        return (first + penalty().to(first.device), *output[1:])
     is_dict = isinstance(output, dict)
     loss = output.get("loss") if is_dict else getattr(output, "loss", None)
     if loss is None:
-        return without_loss(output)
+        return output
     # torch.nn.DataParallel's replicas are given num_items_in_batch as (1, 1), which shapes their loss.
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -554,6 +554,26 @@ def test_the_step_is_shared_by_labels_in_every_form_of_their_number():
         assert float(circuit(**batch, num_items_in_batch=number).loss) == pytest.approx(base + term / 3, rel=1e-5)
 
 
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_loss_without_labels_has_the_term(return_dict):
+    """ViTMAE reconstructs pixels: no argument of its forward is called a label."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    config = ViTMAEConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    )  # fmt: skip
+    model = ViTMAEForPreTraining(config).eval()
+    batch = {"pixel_values": torch.randn(2, 3, 8, 8), "noise": torch.rand(2, 4), "return_dict": return_dict}
+    circuit = CircuitModel(CircuitConfig(target_layers="all-linear", l0_lambda=0.5, add_l0=False), model)
+    plain = circuit(**batch)[0]
+    circuit.circuit_config.add_l0 = True
+    with torch.no_grad():
+        expected = float(plain) + 0.5 * float(circuit.l0())
+    assert float(circuit(**batch)[0].detach()) == pytest.approx(expected, rel=1e-5)
+
+
 def test_question_answering_finds_its_labels(tmp_path):
     """Trainer takes them from the class's name."""
     from transformers import BertConfig, BertForQuestionAnswering
