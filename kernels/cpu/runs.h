@@ -6,6 +6,11 @@
 namespace csmask {
 namespace CSMASK_ISA {
 
+// The longest run. While one is computed in the L1 cache, the lines of the next one are on their way, of all operands:
+// against whole blocks of 2048, mask_step takes 0.65 and logits_grad 0.65 of the time, materialize 0.9 in fp32 and the
+// same in 16 bits (4096 x 4096, one core of an AMD EPYC); 128, 512 and 1024 are slower for one or the other.
+constexpr int64_t kRunLength = 256;
+
 // Calls body(offsets, done, count) for the runs of elements begin <= i < end: `offsets` holds each operand's first
 // element of the run, `done` how many elements came before it.
 template <typename Body>
@@ -22,7 +27,8 @@ static void for_runs(const Layout& layout, int operands, int64_t begin, int64_t 
   int64_t done = 0;
   while (done < end - begin) {
     const int64_t in_row = layout.shape[inner] - index[inner];
-    const int64_t count = in_row < end - begin - done ? in_row : end - begin - done;
+    int64_t count = in_row < end - begin - done ? in_row : end - begin - done;
+    if (count > kRunLength) count = kRunLength;
     body(offsets, done, count);
     done += count;
     index[inner] += count;
