@@ -313,15 +313,20 @@ def test_a_step_without_the_l0_term_is_warned_of(tmp_path):
 @pytest.mark.parametrize("delegates", ["labels and kwargs", "super"])
 @pytest.mark.dropin
 def test_a_forward_that_delegates_its_loss_counts_labels(delegates, tmp_path):
-    class Delegating(type(MODELS["gpt2"].build())):
+    # Each in a class of its own: csmask reads the source of a forward.
+    base = type(MODELS["gpt2"].build())
+
+    class Passing(base):
         def forward(self, input_ids=None, labels=None, **kwargs):
-            if delegates == "super":
-                return super().forward(input_ids=input_ids, labels=labels, **kwargs)
-            return type(self).__mro__[1].forward(self, input_ids, labels=labels, **kwargs)
+            return base.forward(self, input_ids, labels=labels, **kwargs)
+
+    class Extending(base):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
 
     def run(folder, size, accumulate):
         model = MODELS["gpt2"].build(dropout=0.1)
-        model.__class__ = Delegating
+        model.__class__ = Extending if delegates == "super" else Passing
         circuit = CircuitModel(CircuitConfig(target_layers=list(MODELS["gpt2"].targets), l0_lambda=L0_LAMBDA), model)
         return losses(train(circuit, arguments(folder, size, accumulate), "gpt2", optimizers=sgd(circuit)))
 
