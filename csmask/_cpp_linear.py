@@ -19,16 +19,20 @@ from . import _cpp, _plain
 
 # Features per block: a multiple of the vector and tile sizes of BLAS libraries, and 256 bytes of each row or more.
 _GRAIN = 64
-# Bytes per weight that pass through the cache in a visit, beside the block's masked weight: logits and their gradient.
-_LOGITS_BYTES = 8
+# Bytes per weight of the logits; their gradient goes past the cache.
+_LOGITS_BYTES = 4
 
 
-def _block_features(features: int, others: int, itemsize: int, block_itemsize: int) -> int:
-    """How many of ``features`` make a block, with ``others`` weights each: what is used twice fills half the cache."""
+def _block_features(rows: int, features: int, others: int, itemsize: int, block_itemsize: int) -> int:
+    """How many of ``features`` make a block, with ``others`` weights each: what a visit takes fills half the cache.
+
+    Each block's product reads the input again, of ``rows``: many of them make blocks larger, up to four times.
+    """
     assert _cpp.kernels is not None
     budget = _cpp.kernels.last_level_cache() // 2
     fitting = budget // max(others * (itemsize + block_itemsize + _LOGITS_BYTES), 1)
-    return max(1, min(features, max(fitting // _GRAIN, 1) * _GRAIN))
+    size = min(max(fitting, 2 * rows), 4 * fitting)
+    return max(1, min(features, max(size // _GRAIN, 1) * _GRAIN))
 
 
 def _blocks(features: int, size: int) -> Iterator[slice]:
@@ -69,7 +73,7 @@ def masked_linear(
     assert _cpp.kernels is not None
     w, logits = _oriented(weight, mask_logits, transposed)
     out = x.new_empty(x.shape[0], w.shape[0])
-    size = _block_features(w.shape[0], w.shape[1], w.element_size(), x.element_size())
+    size = _block_features(len(x), w.shape[0], w.shape[1], w.element_size(), x.element_size())
     x = _for_products(x)
     scratch, t, l0 = _scratch(w, size, 0, x.dtype), temperature.item(), 0.0
     for block in _blocks(w.shape[0], size):
@@ -99,7 +103,7 @@ def bitmask_linear(
         return _plain.OPS["bitmask_linear"](x, weight, bits, bias, scale, transposed)
     w, steps = _with_bit_steps(weight, transposed)
     x, out = _for_products(x), x.new_empty(x.shape[0], w.shape[0])
-    size = _block_features(w.shape[0], w.shape[1], w.element_size(), x.element_size())
+    size = _block_features(len(x), w.shape[0], w.shape[1], w.element_size(), x.element_size())
     scratch = _scratch(w, size, 0, x.dtype)
     for block in _blocks(w.shape[0], size):
         wm = scratch[: block.stop - block.start]
@@ -113,7 +117,7 @@ def bitmask_linear_dx(dout: Tensor, weight: Tensor, bits: Tensor, scale: float, 
         return _plain.OPS["bitmask_linear_dx"](dout, weight, bits, scale, transposed)
     w, steps = _with_bit_steps(weight, transposed)
     dout, dx = _for_products(dout), dout.new_empty(dout.shape[0], w.shape[1])
-    size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())
+    size = _block_features(len(dout), w.shape[1], w.shape[0], w.element_size(), dout.element_size())
     scratch = _scratch(w, size, 1, dout.dtype)
     for block in _blocks(w.shape[1], size):
         wm = scratch[:, : block.stop - block.start]
@@ -209,21 +213,21 @@ def _visit(
     kernels, threads = _cpp.kernels, torch.get_num_threads()
     assert kernels is not None
     dout, x = _for_products(dout), x if x is None else _for_products(x)
-    size = _block_features(w.shape[1], w.shape[0], w.element_size(), dout.element_size())
+    size = _block_features(len(dout), w.shape[1], w.shape[0], w.element_size(), dout.element_size())
     scratch = _scratch(w, size, 1, dout.dtype)
     streams = dlogits is not None and 2 * dlogits.nbytes > kernels.last_level_cache()
     for block in _blocks(w.shape[1], size):
         weights, block_logits = w[:, block], logits[:, block]
         wm = scratch[:, : block.stop - block.start]
-        if dx is not None:
-            kernels.materialize(weights, block_logits, temperature, hard, scale, wm, False, threads, False)
-            _product(dout, wm, None, dx[:, block])
         if x is not None and dlogits is not None:
-            # The masked weight has done its work: its memory takes its gradient.
+            # The gradient first: when the logits have had theirs, the masked weight takes its place in the same pass.
             _product(dout.t(), x[:, block], None, wm)
-            kernels.logits_grad(
-                dlogits[:, block], wm, weights, block_logits, temperature, dl0, scale, add, threads, streams
-            )
+            gradient = kernels.logits_grad if dx is None else kernels.logits_grad_and_mask
+            gradient(dlogits[:, block], wm, weights, block_logits, temperature, dl0, scale, add, threads, streams)
+        elif dx is not None:
+            kernels.materialize(weights, block_logits, temperature, hard, scale, wm, False, threads, False)
+        if dx is not None:
+            _product(dout, wm, None, dx[:, block])
 
 
 OPS: dict[str, Callable[..., Any]] = {

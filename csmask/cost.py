@@ -113,7 +113,7 @@ def _predict_in_blocks(
     """Passes over the weight and products take turns; a product finds a block in the cache, a masked weight in memory.
 
     Bytes per weight: materialize 2w + 4, two products w, logits' gradient w + 8 (dWm is never in memory); in_kernel
-    w + 4 forward, and backward w + 4 for the masked weight and 4 for the gradient, which finds W and S in the cache.
+    w + 4 forward, and w + 8 backward, whose one visit gives the masked weight and the gradient.
     """
 
     def elementwise(weight_bytes: int) -> float:
@@ -124,7 +124,7 @@ def _predict_in_blocks(
         materialize = elementwise(2 * itemsize + _LOGIT) * (1 if kept else 2)
         from_memory = 2 * weights * itemsize / ceilings.bandwidth
         return materialize + products + from_memory + elementwise(itemsize + 2 * _LOGIT)
-    return 2 * elementwise(itemsize + _LOGIT) + products + elementwise(_LOGIT)
+    return elementwise(itemsize + _LOGIT) + products + elementwise(itemsize + 2 * _LOGIT)
 
 
 def choose(rows: int | None, weight: torch.Tensor, ceilings: Ceilings, trains: bool, kept: bool = True) -> str:

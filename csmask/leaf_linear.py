@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
 from . import reference
-from .masked_leaf import MaskedLeaf, is_asked_for
+from .masked_leaf import MaskedLeaf
 
 
 class _LeafLinear(Function):
@@ -33,7 +34,8 @@ class _LeafLinear(Function):
             dx = reference.apply_linear(dout, value, None, not ctx.transposed)
         rows = dout.reshape(-1, dout.shape[-1])
         inputs = x.reshape(-1, x.shape[-1])
-        if is_asked_for(value):
+        # Of the inputs' nodes, the value's: asking for it anew would make a view of the value.
+        if value.requires_grad and torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
             ctx.leaf.receive_product(*((inputs.t(), rows) if ctx.transposed else (rows.t(), inputs)))
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)

@@ -335,7 +335,8 @@ class MaskedLeaf:
 
     def reveal(self) -> None:
         """Called when ``mask_logits.grad`` is read."""
-        self.flush()
+        if self.has_gradient:
+            self.flush()
 
     def check_clearable(self) -> None:
         """Raise where what there was of a gradient cannot be taken back."""

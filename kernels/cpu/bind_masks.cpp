@@ -72,9 +72,10 @@ Sums mask_sums(const InArray& mask_logits, double temperature, bool hard, double
   return run_materialize(args, threads);
 }
 
-void logits_grad(const OutArray& dlogits, const std::optional<InArray>& dmasked_weight,
-                 const std::optional<InArray>& weight, const InArray& mask_logits, double temperature, double dl0,
-                 double scale, bool add, int threads, std::optional<bool> stream) {
+// What both bindings of the kernel share; `taken` is where the masked weight goes, or null.
+void run_logits_grad(const OutArray& dlogits, const std::optional<InArray>& dmasked_weight,
+                     const std::optional<InArray>& weight, const InArray& mask_logits, double temperature, double dl0,
+                     double scale, bool add, int threads, std::optional<bool> stream, void* taken) {
   const Operand out = operand("dlogits", dlogits);
   const Operand logits = operand("mask_logits", mask_logits);
   check_float32(out);
@@ -107,11 +108,29 @@ void logits_grad(const OutArray& dlogits, const std::optional<InArray>& dmasked_
   args.scale = static_cast<float>(scale);
   args.dl0 = static_cast<float>(dl0);
   args.stream = !add && stream.value_or(streams(out.numel * out.itemsize));
+  args.masked_weight = taken;
 
   const nb::gil_scoped_release without_gil;
   const Kernels& kernels = *instruction_set().kernels;
   parallel_for(block_count(args.layout.numel), kBlocksPerThread, threads,
                [&](std::int64_t first, std::int64_t last) { kernels.logits_grad(args, first, last); });
+}
+
+void logits_grad(const OutArray& dlogits, const std::optional<InArray>& dmasked_weight,
+                 const std::optional<InArray>& weight, const InArray& mask_logits, double temperature, double dl0,
+                 double scale, bool add, int threads, std::optional<bool> stream) {
+  run_logits_grad(dlogits, dmasked_weight, weight, mask_logits, temperature, dl0, scale, add, threads, stream, nullptr);
+}
+
+void logits_grad_and_mask(const OutArray& dlogits, const OutArray& dmasked_weight, const InArray& weight,
+                          const InArray& mask_logits, double temperature, double dl0, double scale, bool add,
+                          int threads, std::optional<bool> stream) {
+  const Operand taken = operand("dmasked_weight", dmasked_weight);
+  check_writable(taken);
+  check_apart(taken, operand("weight", weight));
+  check_apart(taken, operand("mask_logits", mask_logits));
+  run_logits_grad(dlogits, InArray(dmasked_weight), weight, mask_logits, temperature, dl0, scale, add, threads, stream,
+                  dmasked_weight.data());
 }
 
 }  // namespace
@@ -140,6 +159,12 @@ argument.)");
 
 Arrays as in materialize: one shape, any strides; dlogits and mask_logits float32. dmasked_weight and weight None stand
 for zeros: the gradient of l0 alone. `add`: to what dlogits holds.)");
+  module.def("logits_grad_and_mask", &logits_grad_and_mask, "dlogits"_a.noconvert(), "dmasked_weight"_a.noconvert(),
+             "weight"_a.noconvert(), "mask_logits"_a.noconvert(), "temperature"_a, "dl0"_a, "scale"_a, "add"_a,
+             "threads"_a, "stream"_a = nb::none(),
+             R"(logits_grad, after which the soft masked weight, as materialize rounds it, is in dmasked_weight's place.
+
+dmasked_weight: its own memory, of which no index lies where another one does.)");
 }
 
 }  // namespace csmask

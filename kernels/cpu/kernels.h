@@ -61,6 +61,7 @@ struct LogitsGradArgs {
   Dtype weight_dtype;
   const void* dmasked_weight;
   Dtype dmasked_weight_dtype;
+  void* masked_weight;  // null, or where dmasked_weight lies: the soft masked weight takes its place
   float temperature;
   float scale;
   float dl0;
@@ -241,7 +242,7 @@ struct PhiloxArgs {
 struct Kernels {
   // out = round(weight * m), partials[b] = sums of the mask
   void (*materialize)(const MaterializeArgs& args, int64_t first, int64_t last, MaskPartial* partials);
-  // dlogits (+)= (dmasked_weight * weight + dl0) * dm/dS
+  // dlogits (+)= (dmasked_weight * weight + dl0) * dm/dS; if asked for, dmasked_weight = round(weight * m) afterwards
   void (*logits_grad)(const LogitsGradArgs& args, int64_t first, int64_t last);
   // an optimizer's step and the next masked weight, partials[b] = sums of its mask
   void (*mask_step)(const MaskStepArgs& args, int64_t first, int64_t last, MaskPartial* partials);

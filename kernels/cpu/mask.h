@@ -62,18 +62,20 @@ static inline float exp_negative(float a) {
 // 1 / (1 + exp(-x)) from e = exp(-|x|), so that tiny values keep their digits: e / (1 + e) where x < 0. 0 below
 // x = -87.33, NaN for NaN. At most 2.41 ulp, measured over both signs of the same range; tests/test_materialize.py
 // checks every 991st of them.
-static inline float sigmoid(float x) {
-  const float e = exp_negative(__builtin_fabsf(x));
+static inline float sigmoid_of(float x, float e) {
   const float numerator = x < 0.0f ? e : 1.0f;
   return numerator / (1.0f + e);
 }
 
+static inline float sigmoid(float x) { return sigmoid_of(x, exp_negative(__builtin_fabsf(x))); }
+
 // sigmoid'(x) = e / (1 + e)^2 with e = exp(-|x|), which does not vanish where m * (1 - m) rounds to 0.
-static inline float sigmoid_derivative(float x) {
-  const float e = exp_negative(__builtin_fabsf(x));
+static inline float sigmoid_derivative_of(float e) {
   const float sum = 1.0f + e;
   return e / (sum * sum);
 }
+
+static inline float sigmoid_derivative(float x) { return sigmoid_derivative_of(exp_negative(__builtin_fabsf(x))); }
 
 }  // namespace CSMASK_ISA
 }  // namespace csmask

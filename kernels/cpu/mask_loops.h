@@ -59,6 +59,17 @@ static inline void derivatives(const float* __restrict logits, int64_t n, float 
   }
 }
 
+// Both at once, of one exp; each to the bit what the functions above give.
+static inline void masks_and_derivatives(const float* __restrict logits, int64_t n, float temperature, float scale,
+                                         float* __restrict masks, float* __restrict values) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = temperature * logits[i];
+    const float e = exp_negative(__builtin_fabsf(x));
+    masks[i] = scale * sigmoid_of(x, e);
+    values[i] = temperature * sigmoid_derivative_of(e) * scale;
+  }
+}
+
 static inline void chain(const float* __restrict dmasked_weight, const float* __restrict weight, float dl0, int64_t n,
                          float* __restrict values) {
   for (int64_t i = 0; i < n; ++i) values[i] *= dmasked_weight[i] * weight[i] + dl0;

@@ -27,6 +27,18 @@ def logits_grad(
     threads: int,
     stream: bool | None = None,
 ) -> None: ...
+def logits_grad_and_mask(
+    dlogits: Any,
+    dmasked_weight: Any,
+    weight: Any,
+    mask_logits: Any,
+    temperature: float,
+    dl0: float,
+    scale: float,
+    add: bool,
+    threads: int,
+    stream: bool | None = None,
+) -> None: ...
 def logits_grad_units(
     dlogits: Any,
     dmasked_weight: Any,
