@@ -21,6 +21,9 @@ from torch import Tensor
 
 from csmask import testing
 
+# Elements of all inputs from which on a check has several programs with whole blocks and a tail.
+SOME_SIZE = 20_000
+
 Values = Mapping[str, Any]
 Compute = Callable[..., dict[str, Tensor]]
 
@@ -127,7 +130,7 @@ def correctness(context: Context, cases: Mapping[str, Callable[..., Iterable[Che
         for dtype in dtypes():
             name = str(dtype).removeprefix("torch.")
             try:
-                checks += [(check, name) for check in make(op, dtype, context)]
+                checks += [(check, name) for check in few(make(op, dtype, context), context.checks)]
             except Exception as error:  # noqa: BLE001, an op that is not there must not stop the others
                 context.fail(f"{op} {name}", Failure.of(error))
                 tally["failed"] += 1
@@ -140,6 +143,19 @@ def correctness(context: Context, cases: Mapping[str, Callable[..., Iterable[Che
                 if not _record(context, check, name):
                     tally["failed"] += 1
                     raise_if_lost(context.device)
+
+
+def few(checks: Iterable[Check], count: int | None) -> Iterable[Check]:
+    """The smallest checks of some size, where only some are to run; fewer where there are not so many."""
+    if count is None:
+        return checks
+    by_size = sorted(checks, key=_numel)
+    begin = next((i for i, check in enumerate(by_size) if _numel(check) >= SOME_SIZE), max(len(by_size) - count, 0))
+    return by_size[begin : begin + count]
+
+
+def _numel(check: Check) -> int:
+    return sum(t.numel() for t in check.inputs.values() if isinstance(t, Tensor))
 
 
 def _record(context: Context, check: Check, dtype: str) -> bool:

@@ -10,7 +10,6 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,38 +35,45 @@ WAYS = (*OPTIMIZERS, "per_forward", "eager")
 def llama(context: Context) -> None:
     """A row for each way and figure; skipped where transformers is not."""
     try:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        import transformers  # noqa: F401, whether it is there
     except ImportError as error:
         context.record["reason"] = f"transformers is not there: {error}"
         return
-    shape = TOY if context.toy else {k: v for k, v in BUILT_IN[KERNEL].items() if not k.startswith(("model", "arch"))}
-    config = LlamaConfig(**shape, use_cache=False, dtype=context.dtype)
-
-    def build() -> nn.Module:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(context.dtype)
-        try:
-            with torch.device(context.device):
-                model = LlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
-
     settings = inspect.signature(MaskAdamW).parameters
     for way in WAYS:
         if context.is_over(way):
             continue
         if all(name in settings for name in OPTIMIZERS.get(way, {})):
-            _run(context, way, build)
-        _forget(context)
+            _run(context, way)
+        forget(context)
 
 
-def _run(context: Context, way: str, build: Callable[[], nn.Module]) -> None:
+def shape_of(context: Context) -> dict[str, Any]:
+    """What fixes the model's shape: toy sizes in a rehearsal."""
+    return TOY if context.toy else {k: v for k, v in BUILT_IN[KERNEL].items() if not k.startswith(("model", "arch"))}
+
+
+def build(context: Context, **changes: Any) -> nn.Module:
+    """The model on the device, with random weights and gradient checkpointing; ``changes`` are to its shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**shape_of(context), **changes}, use_cache=False, dtype=context.dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(context.dtype)
+    try:
+        with torch.device(context.device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _run(context: Context, way: str) -> None:
     tokens = 8 if context.toy else TOKENS
     x = f"1 x {tokens} tokens"
     try:
-        times, peak = _train(context, way, build(), tokens)
+        times, peak = _train(context, way, build(context), tokens)
     except torch.OutOfMemoryError:
         context.results.add(KERNEL, way, "training", "fits", "1", x, 0.0)
         return
@@ -105,7 +111,8 @@ def _train(context: Context, way: str, model: nn.Module, tokens: int) -> tuple[l
     return times[WARM_UP:] or times, peak
 
 
-def _forget(context: Context) -> None:
+def forget(context: Context) -> None:
+    """Free what nobody holds, for the next model."""
     gc.collect()
     if context.device.type == "cuda":
         torch.cuda.empty_cache()

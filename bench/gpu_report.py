@@ -21,8 +21,8 @@ from verdict import values
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = ("<!-- gpu-table:begin -->", "<!-- gpu-table:end -->")
-COLUMNS = ("dense", "eager", "compile", "per_step", "per_forward kept", "per_forward", "in_kernel", "neuron", "bits",
-           "auto")  # fmt: skip
+COLUMNS = ("dense", "eager", "compile", "compile, max-autotune", "per_step", "per_forward kept", "per_forward",
+           "in_kernel", "neuron", "bits", "auto")  # fmt: skip
 README_COLUMNS = ("dense", "eager", "compile", "per_step", "per_forward kept", "in_kernel")
 LINEAR = "masked_linear"
 MODES = {
@@ -30,6 +30,10 @@ MODES = {
     "step": "A full step of one micro-batch",
     "step of 8": "A full step of 8 micro-batches",
     "evaluation": "Evaluation under the hard mask",
+    "forward+backward, launched": "Forward + backward, launched as it comes",
+    "step, launched": "A full step of one micro-batch, launched as it comes",
+    "forward+backward, autotuned": "Forward + backward, beside `max-autotune`",
+    "step, autotuned": "A full step of one micro-batch, beside `max-autotune`",
 }
 ELEMENTWISE = ("materialize", "logits_grad", "mask_adamw_", "mask_adamw_ 8 bits", "mask_sgd_")
 Rows = list[dict[str, Any]]
@@ -122,6 +126,21 @@ def training_of(rows: Rows) -> str:
                     figures = [f"{peaks[x][way]:.1f} GiB", f"{times[x][way]:.0f} ms", f"{rates[x][way]:.0f}"]
                 lines.append([f"{way} ({kernel}, {x})", *figures])
     return markdown(["Masks on every linear layer", "peak memory", "a step", "tokens/s"], lines) if lines else ""
+
+
+def largest_of(rows: Rows) -> str:
+    """The most that trains, by way to train it."""
+    lines = []
+    for row in rows:
+        if (row["mode"], row["metric"]) != ("largest", "masked weights"):
+            continue
+        kernel, way, x = row["kernel"], row["provider"], row["x"]
+        layers = values(rows, "largest", "layers", kernel)[x][way]
+        peak = values(rows, "largest", "peak memory", kernel).get(x, {}).get(way)
+        gib = "" if peak is None else f"{peak:.1f} GiB"
+        lines.append([f"{way} ({x}, {row['config']})", f"{row['value']:.2f}e9", f"{layers:.0f}", gib])
+    titles = ["The most masked weights that train, in layers of Llama-3-8B's width", "weights", "layers", "peak memory"]
+    return markdown(titles, lines) if lines else ""
 
 
 def about(rows: Rows) -> str:
@@ -220,6 +239,7 @@ def whole(rows: Rows, plot: str) -> str:
         elementwise_of(rows),
         *models_of(rows),
         training_of(rows),
+        largest_of(rows),
         memory_of(rows),
     ]
     parts += [verdict_of(rows)]

@@ -151,6 +151,7 @@ class Context:
         toy: rehearse at sizes for the interpreter.
         dtype: of weights and activations where only one is measured.
         seed: of this run's random data.
+        checks: how many of an op's checks to run in each dtype; None for all.
         deadline: when the stage should end, by ``time.monotonic()``.
         record: the stage's entry in the results: failures and what there was no time for.
     """
@@ -161,6 +162,7 @@ class Context:
     toy: bool
     dtype: torch.dtype
     seed: int
+    checks: int | None = None
     deadline: float = 0.0
     record: dict[str, Any] = dataclasses.field(default_factory=lambda: {"failures": [], "not_run": []})
 

@@ -16,12 +16,13 @@ from compile_worker import start_workers
 from csmask_kernels.launch import target_of
 from gpu_checks import DeviceLostError, correctness, raise_if_lost
 from gpu_elementwise_cases import CASES
+from gpu_largest import largest
 from gpu_llama import llama
 from gpu_results import Context, Results
 from gpu_stages import ceilings, elementwise, search
 from gpu_summary import summary
 from gpu_timing import Clock, Failure
-from gpu_training import memory, training
+from gpu_training import autotuned, memory, training
 from gpu_transformers import transformers
 
 from csmask import _ops, _plain
@@ -32,11 +33,14 @@ RESERVE = 0.05
 
 @dataclass(frozen=True)
 class Stage:
-    """``run(context)``, its share of the time (in any unit), and whether it means anything without a GPU."""
+    """``run(context)``, its share of the time (in any unit), whether it means anything without a GPU, and whether it
+    runs only when it is asked for.
+    """
 
     run: Callable[[Context], None]
     share: float
     needs_gpu: bool = True
+    on_demand: bool = False
 
 
 STAGES = {
@@ -48,12 +52,14 @@ STAGES = {
     "search": Stage(search, 15),
     "transformers": Stage(transformers, 10),
     "llama": Stage(llama, 15),
+    "autotuned": Stage(autotuned, 15, on_demand=True),
+    "largest": Stage(largest, 15, on_demand=True),
 }
 
 
 def run(options: argparse.Namespace, began: float, restart: Callable[[list[str]], Any]) -> int:
     """Run the stages that the options ask for and print the summary; 1 if one of them failed, else 0."""
-    wanted = options.stages.split(",") if options.stages else list(STAGES)
+    wanted = options.stages.split(",") if options.stages else [n for n in STAGES if not STAGES[n].on_demand]
     if unknown := [name for name in wanted if name not in STAGES]:
         raise SystemExit(f"no stage {', '.join(unknown)}; there are: {', '.join(STAGES)}")
     device = torch.device("cuda" if torch.cuda.is_available() and not options.rehearse else "cpu")
@@ -84,6 +90,7 @@ def run(options: argparse.Namespace, began: float, restart: Callable[[list[str]]
                 return restart([
                     str(options.output), "--resume", "--seed", str(options.seed + 1), "--stages", ",".join(rest),
                     "--seconds", str(max(options.seconds - (time.monotonic() - began), 1.0)),
+                    *(["--checks", str(options.checks)] if options.checks else []),
                 ])  # fmt: skip
     _await(workers, 0.0)
     results.save()
@@ -106,6 +113,7 @@ def _context(results: Results, clock: Clock, name: str, budget: float, options: 
     dtype = torch.bfloat16 if is_gpu else torch.float32
     context = Context(results, clock, clock.device, not is_gpu, dtype, options.seed)
     context.deadline = time.monotonic() + budget
+    context.checks = options.checks
     if options.resume and name in results.stages:
         context.record = results.stages[name]
     results.stages[name] = context.record

@@ -5,9 +5,10 @@
 Stages: ``ceilings`` (copy bandwidth, matrix rates), ``correctness`` of every kernel in every dtype, ``elementwise``
 kernels as percent of copy bandwidth, ``training`` (forward + backward and full steps beside eager, torch.compile and
 dense), ``memory`` (peaks and residents), ``search`` (launch configs for this device), ``transformers`` (a step of whole
-models), ``llama`` (steps of Llama-3-8B's shape). Each has a share of the time; one that fails is recorded and the next
-one runs. Figures are written as they come to ``OUT_DIR/gpu_suite.json`` and ``.csv``; a summary is printed last. Exit
-status 1 says that something failed.
+models), ``llama`` (steps of Llama-3-8B's shape); and, only where ``--stages`` names them, ``autotuned`` (the compiled
+baseline under ``max-autotune``) and ``largest`` (the most masked weights that train). Each has a share of the time; one
+that fails is recorded and the next one runs. Figures are written as they come to ``OUT_DIR/gpu_suite.json`` and
+``.csv``; a summary is printed last. Exit status 1 says that something failed.
 
 Needs torch, triton and this source tree (the last two stages transformers too); nothing need be installed, no network.
 Without a GPU only what needs none runs. ``--rehearse`` (or ``TRITON_INTERPRET=1``) runs every stage on the CPU at toy
@@ -35,6 +36,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--stages", help="some of the stages, in the order they should run in, by commas")
     parser.add_argument("--rehearse", action="store_true", help="every stage on the CPU at toy sizes")
     parser.add_argument("--seed", type=int, default=time.time_ns() & 0xFFFFFF, help="of the random data (the time)")
+    parser.add_argument(
+        "--checks", type=int, metavar="N",
+        help="correctness only of the N smallest cases of each op and dtype that are larger than a few blocks: for "
+        "compute-sanitizer, under which kernels take up to a thousand times as long",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="add to the figures that OUT_DIR holds")
     return parser.parse_args(arguments)
 

@@ -22,6 +22,8 @@ from csmask import CircuitConfig, CircuitModel, MaskAdamW, functional
 from csmask._ops import ops
 
 MICRO_BATCHES = 8
+# What is said behind the mode of rows that are not replays of graphs, and of those beside ``max-autotune``.
+LAUNCHED, AUTOTUNED = ", launched", ", autotuned"
 # Memory is that of steps of two micro-batches, in which kept weights, gradients and new gradients meet.
 MEMORY_TOKENS = 128
 
@@ -57,6 +59,9 @@ class Layer:
         # Compiled for each token count: with a symbol for their number it would be a slower baseline.
         backend = "aot_eager" if context.toy else "inductor"
         self._compiled = torch.compile(plain_masked_linear, backend=backend, dynamic=False)
+        # The suite captures graphs itself.
+        mode = None if context.toy else "max-autotune-no-cudagraphs"
+        self._autotuned = torch.compile(plain_masked_linear, backend=backend, dynamic=False, mode=mode)
 
     def providers(self) -> dict[str, Callable[[], Provider]]:
         """By name, what builds them: "per_step" is a model of one such layer with ``MaskAdamW``; "per_forward" makes
@@ -72,6 +77,12 @@ class Layer:
             "in_kernel": lambda: self._masked("in_kernel"),
             "neuron": lambda: self._masked("per_forward", unit="neuron"),
         }
+
+    def autotuned_providers(self) -> dict[str, Callable[[], Provider]]:
+        """What ``max-autotune`` makes of the compiled baseline, and beside what."""
+        built = self.providers()
+        kept = {name: built[name] for name in ("dense", "compile", "per_step")}
+        return {**kept, "compile, max-autotune": lambda: self._plain(self._autotuned)}
 
     def _logits(self, unit: str = "weight") -> torch.nn.Parameter:
         n, k = self.weight.shape
@@ -115,7 +126,10 @@ class Layer:
 
 
 def training(context: Context) -> None:
-    """Forward + backward, full steps of 1 and of 8 micro-batches, and evaluation, at every shape."""
+    """Forward + backward, full steps of 1 and of 8 micro-batches, and evaluation, at every shape.
+
+    Replays of graphs; forward + backward and steps also launched as they come, where the host's time is part of it.
+    """
     todo = shapes(context.toy)
     layers: dict[tuple[int, int], Layer] = {}
     for i, (n, k, m) in enumerate(todo):
@@ -135,9 +149,7 @@ def _train_shape(context: Context, layer: Layer, m: int, x: str, seconds: float)
     n, k = layer.weight.shape
     inputs = torch.randn(m, k, device=context.device).to(context.dtype)
     dout = torch.randn(m, n, device=context.device).to(context.dtype)
-    built = {
-        name: p for name, p in _build(context, layer, x).items() if _is_right(context, layer, name, p, inputs, dout)
-    }
+    built = _checked(context, layer, layer.providers(), inputs, dout)
     modes: dict[str, dict[str, Any]] = {"forward+backward": {"micro_batches": 1, "optimizer": False}}
     modes["step"] = {"micro_batches": 1}
     several = 2 if context.toy else MICRO_BATCHES
@@ -146,19 +158,46 @@ def _train_shape(context: Context, layer: Layer, m: int, x: str, seconds: float)
         if context.is_over(f"{mode} {x}"):
             continue
         calls = {name: (lambda p=p, a=arguments: p.step(inputs, dout, **a)) for name, p in built.items()}
-        _add_ratios(context, mode, x, context.measure("masked_linear", mode, x, calls, seconds / 6))
+        _add_ratios(context, mode, x, context.measure("masked_linear", mode, x, calls, seconds / 7))
+        if arguments["micro_batches"] == 1 and not context.is_over(f"{mode}{LAUNCHED} {x}"):
+            times = context.measure("masked_linear", mode + LAUNCHED, x, calls, seconds / 14, graph=False)
+            _add_ratios(context, mode + LAUNCHED, x, times)
     if not context.is_over(f"evaluation {x}"):
         times = context.measure("masked_linear", "evaluation", x, _evaluation(context, layer, inputs, x), seconds / 8)
         _add_ratios(context, "evaluation", x, times)
 
 
-def _build(context: Context, layer: Layer, x: str) -> dict[str, Provider]:
+def autotuned(context: Context) -> None:
+    """Forward + backward and full steps of the compiled baseline under ``max-autotune``, which compiles for minutes."""
+    for n, k, m in shapes(context.toy)[:3]:
+        x = named(n, k, m)
+        if context.is_over(x):
+            continue
+        torch.compiler.reset()
+        layer = Layer(context, n, k)
+        inputs = torch.randn(m, k, device=context.device).to(context.dtype)
+        dout = torch.randn(m, n, device=context.device).to(context.dtype)
+        built = _checked(context, layer, layer.autotuned_providers(), inputs, dout)
+        for mode, optimizer in (("forward+backward", False), ("step", True)):
+            arguments = (inputs, dout, 1, optimizer)
+            calls = {name: (lambda p=p, a=arguments: p.step(*a)) for name, p in built.items()}
+            times = context.measure("masked_linear", mode + AUTOTUNED, x, calls, 3.0)
+            _add_ratios(context, mode + AUTOTUNED, x, times)
+
+
+def _checked(
+    context: Context, layer: Layer, makers: dict[str, Callable[[], Provider]], inputs: Tensor, dout: Tensor
+) -> dict[str, Provider]:
+    """The providers that can be built and whose numbers are right."""
     built = {}
-    for name, make in layer.providers().items():
+    for name, make in makers.items():
         try:
-            built[name] = make()
-        except Exception as error:  # noqa: BLE001, PERF203, recorded
-            context.fail(f"{name} {x}", Failure.of(error))
+            provider = make()
+        except Exception as error:  # noqa: BLE001, recorded
+            context.fail(f"{name} {named(*layer.weight.shape, len(inputs))}", Failure.of(error))
+            continue
+        if _is_right(context, layer, name, provider, inputs, dout):
+            built[name] = provider
     return built
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,17 +26,34 @@ LLAMA = {
 }  # fmt: skip
 
 
-class EagerMaskedLinear(nn.Module):
-    """A linear layer masked in plain PyTorch, as NeuroSurgeon 0.1.0 does it: the baseline."""
+def _masked_linear(x: Tensor, weight: Tensor, mask_logits: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight * torch.sigmoid(mask_logits).to(weight.dtype), bias)
 
-    def __init__(self, linear: nn.Linear) -> None:
+
+def _l0(mask_logits: Tensor) -> Tensor:
+    return torch.sigmoid(mask_logits).sum()
+
+
+class EagerMaskedLinear(nn.Module):
+    """A linear layer masked in plain PyTorch, as NeuroSurgeon 0.1.0 does it, or that compiled: the baselines."""
+
+    def __init__(self, linear: nn.Linear, compiled: bool) -> None:
         super().__init__()
         self.linear = linear.requires_grad_(False)
+        self.functions = [_compiled(f) if compiled else f for f in (_masked_linear, _l0)]
         self.mask_logits = nn.Parameter(random_logits(*linear.weight.shape, device=linear.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.sigmoid(self.mask_logits)
-        return F.linear(x, self.linear.weight * mask.to(self.linear.weight.dtype), self.linear.bias)
+        return self.functions[0](x, self.linear.weight, self.mask_logits, self.linear.bias)
+
+    def l0(self) -> Tensor:
+        return self.functions[1](self.mask_logits)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Once for all layers: a graph for each of their shapes."""
+    return torch.compile(function, dynamic=False)
 
 
 def transformers(context: Context) -> None:
@@ -97,8 +115,8 @@ def training_step(provider: str, model: nn.Module, inputs: dict[str, Tensor], **
     """A full training step of the model under a provider; the settings are ``MaskAdamW``'s, for "per_step"."""
     if provider == "dense":
         parameters = [p.requires_grad_() for p in model.parameters()]
-    elif provider == "eager":
-        parameters = _mask_eagerly(model)
+    elif provider in ("eager", "compile"):
+        parameters = _mask_eagerly(model, provider == "compile")
     else:
         config = CircuitConfig(target_layers="all-linear", execution=provider, l0_lambda=1e-8)
         model = CircuitModel(config, model)
@@ -117,14 +135,14 @@ def training_step(provider: str, model: nn.Module, inputs: dict[str, Tensor], **
         optimizer.zero_grad()
         loss = model(**inputs).loss
         for layer in masked:
-            loss = loss + 1e-8 * torch.sigmoid(layer.mask_logits).sum()
+            loss = loss + 1e-8 * layer.l0()
         loss.backward()
         optimizer.step()
 
     return step
 
 
-def _mask_eagerly(model: nn.Module) -> list[nn.Parameter]:
+def _mask_eagerly(model: nn.Module, compiled: bool) -> list[nn.Parameter]:
     """Mask every linear layer but the output head, as "all-linear" does."""
     model.requires_grad_(False)
     heads = ("lm_head", "classifier")
@@ -132,7 +150,7 @@ def _mask_eagerly(model: nn.Module) -> list[nn.Parameter]:
     masked = []
     for name, linear in found:
         parent, _, attribute = name.rpartition(".")
-        layer = EagerMaskedLinear(linear)
+        layer = EagerMaskedLinear(linear, compiled)
         setattr(model.get_submodule(parent), attribute, layer)
         masked.append(layer.mask_logits)
     return masked

@@ -82,6 +82,19 @@ def test_what_does_not_fit_has_no_figures():
     ]
 
 
+def test_the_largest_models_are_a_table():
+    figures = [("lean", 12.5, "masked weights"), ("lean", 57, "layers"), ("lean", 130.25, "peak memory"),
+               ("eager", 3.7, "masked weights"), ("eager", 17, "layers")]  # fmt: skip
+    rows = [row(way, "largest", value, "1 x 8 tokens", metric, "m") for way, value, metric in figures]
+    for one in rows:
+        one["config"] = "58 layers do not fit" if one["provider"] == "lean" else "no more were tried"
+    assert gpu_report.largest_of(rows).splitlines()[2:] == [
+        "| lean (1 x 8 tokens, 58 layers do not fit) | 12.50e9 | 57 | 130.2 GiB |",
+        "| eager (1 x 8 tokens, no more were tried) | 3.70e9 | 17 |  |",
+    ]
+    assert gpu_report.largest_of([]) == ""
+
+
 def test_what_is_missed_is_named_with_its_figure():
     text = gpu_report.verdict_of([row(name, "forward+backward", ms) for name, ms in TIMES.items()])
     assert text.startswith("3 of 5 targets are met.")

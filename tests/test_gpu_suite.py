@@ -25,6 +25,7 @@ import compile_ahead  # noqa: E402 - bench holds scripts, not a package
 import compile_report  # noqa: E402
 import compile_worker  # noqa: E402
 import gpu_checks  # noqa: E402
+import gpu_largest  # noqa: E402
 import gpu_results  # noqa: E402
 import gpu_runner  # noqa: E402
 import gpu_suite  # noqa: E402
@@ -91,7 +92,7 @@ def test_every_stage_leaves_its_figures(rehearsal):
     assert max(checks) <= 1
     assert len(values(metric="of copy")["csmask"]) == 18
     providers = {"dense", "eager", "compile", "per_step", "per_forward", "per_forward kept", "in_kernel", "neuron"}
-    for mode in ("forward+backward", "step", "step of 2"):
+    for mode in ("forward+backward", "step", "step of 2", "forward+backward, launched", "step, launched"):
         assert set(values(kernel="masked_linear", mode=mode, metric="time")) == providers
         assert values(kernel="masked_linear", mode=mode, metric="over dense")["dense"] == [1.0]
     evaluation = values(kernel="masked_linear", mode="evaluation", metric="time")
@@ -104,6 +105,49 @@ def test_every_stage_leaves_its_figures(rehearsal):
         assert set(values(kernel=model, metric="time")) == {"dense", "eager", *gpu_transformers.EXECUTIONS}
     assert values(mode="search", metric="time")["csmask"]
     assert set(values(kernel="llama-3-8b", metric="fits")) >= {"per_step", "per_forward", "eager"}
+
+
+def test_what_runs_on_demand_leaves_its_figures(tmp_path):
+    assert suite(str(tmp_path), "--stages", "autotuned,largest") == 0
+    rows = read(tmp_path)["rows"]
+    for mode in ("forward+backward, autotuned", "step, autotuned"):
+        found = {r["provider"] for r in rows if (r["mode"], r["metric"]) == (mode, "over dense")}
+        assert found == {"dense", "compile", "compile, max-autotune", "per_step"}
+    layers = {r["provider"]: r for r in rows if (r["mode"], r["metric"]) == ("largest", "layers")}
+    assert set(layers) == set(gpu_largest.WAYS)
+    assert {(r["value"], r["config"]) for r in layers.values()} == {
+        (gpu_largest.TOY_DEPTH, f"{gpu_largest.TOY_DEPTH + 1} layers do not fit")
+    }
+    toy = gpu_transformers.TOY
+    per_layer = 4 * toy["hidden_size"] ** 2 + 3 * toy["hidden_size"] * toy["intermediate_size"]
+    weights = {r["value"] for r in rows if r["metric"] == "masked weights"}
+    assert weights == {gpu_largest.TOY_DEPTH * per_layer / 1e9}
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 9, 10, 11, 37])
+@pytest.mark.parametrize("guess", [0, 1, 10, 40])
+def test_the_deepest_model_is_next_to_one_that_does_not_fit(limit, guess):
+    tried = []
+
+    def fits(count: int) -> bool:
+        tried.append(count)
+        return count <= limit
+
+    assert gpu_largest.deepest(fits, guess, lambda: False) == (limit, limit + 1)
+    assert len(set(tried)) == len(tried) <= 14  # each takes seconds
+    assert gpu_largest.deepest(fits, guess, lambda: True) == (0, None)
+
+
+def test_few_checks_are_the_smallest_of_some_size():
+    def check(size: int) -> gpu_checks.Check:
+        return gpu_checks.Check("op", str(size), {"x": torch.empty(size), "bias": None}, dict, dict)
+
+    sizes = [0, 50_000, 1, 30_000, 40_000]
+    checks = [check(size) for size in sizes]
+    assert [c.variant for c in gpu_checks.few(iter(checks), 2)] == ["30000", "40000"]
+    assert [c.variant for c in gpu_checks.few(checks, 9)] == ["30000", "40000", "50000"]
+    assert [c.variant for c in gpu_checks.few(map(check, (3, 1, 2)), 2)] == ["2", "3"]  # none is of that size
+    assert list(gpu_checks.few(checks, None)) == checks
 
 
 def test_csv_and_json_hold_the_same_rows(rehearsal):
