@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from . import functional, quantised, reference
 from .forward_hooks import change_class
+from .layer_masks import L0Record
 from .leaf_linear import leaf_linear
-from .masked_layer import _LAYERS, L0Record, MaskedLayer, check_execution
+from .masked_layer import _LAYERS, MaskedLayer, check_execution
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 from .shards import is_sharded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ablation, cost, functional, reference, shards
+from . import cost, functional, reference, shards
+from .ablated_weights import AblatedWeights
 from .autograd import KeptMaskedWeight
 from .config import EXECUTIONS
+from .layer_masks import L0Record
 from .lean import LeanLeaf
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 from .quantised import dense
 from .sharded_op import GatherAhead, ShardedUse
-from .shards import Part, over_shards
+from .shards import over_shards
 
 # Every masked layer there is: an optimizer is given logits, and asks which layers they belong to.
 _LAYERS: weakref.WeakSet[MaskedLayer] = weakref.WeakSet()
@@ -46,22 +47,7 @@ def check_execution(execution: str) -> str:
     return execution
 
 
-class L0Record:
-    """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow.
-
-    Attributes:
-        gathered: whether the weight is whole only for the time of a use: then the masked weight is not kept, either.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self.value: Tensor | None = None
-        self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
-        self.shard_of: Tensor | None = None  # that the value is of
-        self.gathered = False
-
-
-class MaskedLayer(nn.Module):
+class MaskedLayer(AblatedWeights):
     """What all masked layers share; mixed in before the class of the layer that is masked, by ``mask_layer`` only.
 
     Attributes:
@@ -75,133 +61,25 @@ class MaskedLayer(nn.Module):
         accumulate_in_kernel: add the logits' gradient to ``mask_logits.grad`` inside the kernel, without autograd.
     """
 
-    # Dimension of the weight that counts output units (neurons, filters).
-    unit_dim = 0
     # Whether per_step execution is for lean mode only: a masked weight that stays is larger than the base.
     waits_lean_only = False
 
     _unmasked_class: type
     _rebuild: Callable[[type], MaskedLayer]
     weight: nn.Parameter
-    bias: nn.Parameter | None
-    mask_logits: nn.Parameter
-    bias_mask_logits: nn.Parameter | None
-    temperature: Tensor
-    mask_unit: str
     mask_init_value: float
-    mask_scale: float
     accumulate_in_kernel: bool
     gather_ahead: GatherAhead | None = None  # see ``sharded_op``
     reduce_dtype: torch.dtype | None = None
-    layer_index: int
     layer_name: str
     masked_weight: MaskedWeight
     _execution: str
-    l0_record: L0Record
     leaf: MaskedLeaf | None
     use_masks: bool
-    ablation: str
-    ablation_seed: int
-
-    @property
-    def hard(self) -> bool:
-        """Whether the weight mask now in use is the hard one: in evaluation, or while its logits are not trained."""
-        return self.is_hard(self.mask_logits)
-
-    def is_hard(self, logits: Tensor) -> bool:
-        """Whether the mask that these logits give is the hard one; weight and bias logits can be frozen apart."""
-        return not (self.training and logits.requires_grad)
-
-    @property
-    def all_hard(self) -> bool:
-        """Whether no mask of this layer, weight or bias, is soft: what an ablation needs."""
-        return self.hard and (self.bias_mask_logits is None or self.is_hard(self.bias_mask_logits))
 
     def base_weight(self, dtype: torch.dtype | None = None) -> Any:  # noqa: ARG002, for layers whose weight is quantised
         """The unmasked weight for input of a dtype: a tensor, or where it is quantised a ``QuantisedWeight``."""
         return self.weight
-
-    @property
-    def circuit(self) -> Tensor:
-        """Boolean ``S > 0``, shape of ``mask_logits``."""
-        return self.mask_logits.detach() > 0
-
-    @property
-    def unit_logits(self) -> Tensor:
-        """``mask_logits`` in the shape that broadcasts over the weight."""
-        return self._broadcast(self.mask_logits)
-
-    def _broadcast(self, entries: Tensor) -> Tensor:
-        """Entries of the mask unit in the shape that broadcasts over the weight."""
-        if self.mask_unit == "weight":
-            return entries
-        shape = [1] * self.base_weight().dim()
-        shape[self.unit_dim] = -1
-        return entries.view(shape)
-
-    @property
-    def maskable(self) -> int:
-        """Number of weights (and masked bias terms) that the mask decides about."""
-        return self.base_weight().numel() + (0 if self.bias_mask_logits is None else self.bias_mask_logits.numel())
-
-    def kept(self) -> int:
-        """Number of weights (and masked bias terms) in the circuit, whatever mode the layer is in."""
-        return int(self.mask_counts()[0])
-
-    def undecided(self) -> int:
-        """Number of weights (and masked bias terms) with ``|T * S| < 4``: their soft mask is neither 0 nor 1."""
-        return int(self.mask_counts()[1])
-
-    def mask_counts(self, weights: bool = True) -> Tensor:
-        """int64 ``(kept, undecided)`` in one pass over the logits; only those of the bias with ``weights=False``."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self.mask_logits.device)
-        if weights:
-            per_logit = reference.weights_per_logit(self.base_weight(), self.mask_logits)
-            counts = self._counts_of(self.mask_logits, per_logit)
-        return counts if self.bias_mask_logits is None else counts + self._counts_of(self.bias_mask_logits)
-
-    def _counts_of(self, logits: Tensor, per_logit: int = 1) -> Tensor:
-        sums = self.ops.mask_sums
-        return over_shards(logits.detach(), lambda s: sums(s, self.temperature, weights_per_logit=per_logit)[1])
-
-    def l0(self) -> Tensor:
-        """Sum of the mask now in use, counted in weights: 0-d fp32, differentiable while the mask is soft."""
-        return shards.total(self.l0_parts(recorded=False))
-
-    def l0_parts(self, recorded: bool = True) -> list[Part]:
-        """``l0()`` in parts, without a pass over the logits where the last forward, told by ``l0_record``, left one."""
-        record, bias_logits = self.l0_record, self.bias_mask_logits
-        l0, record.value = record.value if recorded else None, None
-        # Under reentrant checkpointing forward runs without gradients: its sum knows nothing of the logits.
-        if l0 is not None and l0.requires_grad == any(not self.is_hard(p) for p in self._logits()):
-            if record.shard_of is None or bias_logits is None:
-                return [Part(l0, record.shard_of)]
-            return [Part(l0, record.shard_of), self.bias_l0_part()]
-        weights = self._l0_of(self.mask_logits, reference.weights_per_logit(self.base_weight(), self.mask_logits))
-        if bias_logits is None:
-            return [weights]
-        biases = self.bias_l0_part()
-        # Added up as forward adds them up, to the bit.
-        whole = weights.of is None and biases.of is None
-        return [Part(weights.value + biases.value)] if whole else [weights, biases]
-
-    def bias_l0_part(self) -> Part:
-        """The bias's part of ``l0()``, which the last forward may have left by itself."""
-        l0, self.l0_record.bias_value = self.l0_record.bias_value, None
-        logits = self.bias_mask_logits
-        assert logits is not None
-        return self._l0_of(logits) if l0 is None or l0.requires_grad == self.is_hard(logits) else Part(l0)
-
-    def _l0_of(self, logits: Tensor, per_logit: int = 1) -> Part:
-        mask = (self.temperature, self.is_hard(logits), self.mask_scale, per_logit)
-        return shards.part(self._in_use(logits), lambda s: self.ops.l0(s, *mask))
-
-    def _logits(self) -> list[nn.Parameter]:
-        return [p for p in (self.mask_logits, self.bias_mask_logits) if p is not None]
-
-    def _in_use(self, logits: Tensor) -> Tensor:
-        """The logits as forward takes them: a hard mask has no gradient, so evaluation need build no graph."""
-        return logits.detach() if self.is_hard(logits) else logits
 
     @property
     def execution(self) -> str:
@@ -417,49 +295,6 @@ class MaskedLayer(nn.Module):
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
-
-    def ablated_parameters(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias under the layer's ablation mode; draws are kept until the mode, seed or circuit changes.
-
-        Args:
-            dtype: of the input, which a quantised weight is dequantised for.
-        """
-        weight = self._ablate(shards.whole(dense(self.base_weight(dtype))), shards.whole(self.circuit), "weight")
-        if self.bias is None or self.bias_mask_logits is None:
-            return weight, self.bias
-        return weight, self._ablate(self.bias, self.bias_mask_logits.detach() > 0, "bias")
-
-    def _ablate(self, param: Tensor, circuit: Tensor, which: str) -> Tensor:
-        key = (self.ablation, self.ablation_seed, self.layer_index, param.dtype)
-        cached = self._ablation_cache.get(which)
-        # The circuit is compared by content: no way of changing the logits can leave an old draw in use.
-        if cached is None or cached[0] != key or not torch.equal(cached[1], circuit):
-            stream = 2 * self.layer_index + (which == "bias")
-            # Draws outlive this forward: made under inference_mode, they would fail in a later one with gradients.
-            with torch.inference_mode(False), torch.no_grad():
-                circuit = circuit.clone()
-                kept = ablation.kept_entries(self.ablation, circuit, self.ablation_seed, stream)
-                values = None
-                if self.ablation == "random_ablate":
-                    values = ablation.random_values(param.detach(), self.fan_in, self.ablation_seed, stream)
-            cached = self._ablation_cache[which] = (key, circuit, kept, values)
-        kept = self._broadcast(cached[2]) if which == "weight" else cached[2]
-        return torch.where(kept, param, torch.zeros_like(param) if cached[3] is None else cached[3])
-
-    @property
-    def fan_in(self) -> int | None:
-        """Inputs per output unit, for the initialisation's bound."""
-        return math.prod(self.base_weight().shape[1:])
-
-    def check_complement(self, name: str) -> None:
-        """Raise if the circuit of this layer is larger than the complement that a control is drawn from."""
-        ablation.check_complement(shards.whole(self.circuit), f" in {name}")
-        if self.bias_mask_logits is not None:
-            ablation.check_complement(shards.whole(self.bias_mask_logits.detach()) > 0, f" in {name}.bias")
-
-    def clear_ablation_cache(self) -> None:
-        """Drop drawn masks and values."""
-        self._ablation_cache: dict[str, tuple] = {}
 
     @torch.no_grad()
     def reset_masks(self) -> None:
