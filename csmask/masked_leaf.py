@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._ops import ops
+from .products import add_product, product
 from .quantised import QuantisedWeight, dense
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ class MaskedLeaf:
         self.dl0_waits = False
         self.value: Tensor | None = None
         self._sum: Tensor | None = None
+        # On a CPU, that of the last step's sum: to ask for it anew costs page faults.
+        self._memory: Tensor | None = None
         # Whether products of several micro-batches have come since the last step, and did so before it.
         self._has_several = self._had_several = False
         self._key: Any = None
@@ -256,7 +259,7 @@ class MaskedLeaf:
     def free(self) -> None:
         """Free the masked weight, which is made again when it is asked for; what waits goes to the logits' ``grad``."""
         self.flush()
-        self.value = self._key = None
+        self.value = self._key = self._memory = None
         if self.group is not None:
             self.group.has_new_l0s()  # gradients of an l0 that was taken before would come too late
 
@@ -287,21 +290,14 @@ class MaskedLeaf:
         value = self.value
         assert value is not None
         total, value.grad = self.dmasked_weight, None
-        narrow = value.dtype.itemsize < 4
-        # One kernel multiplies 16-bit operands into a sum in fp32, where there is one.
-        fused = narrow and value.is_cuda and torch.version.hip is None
+        self._has_several = total is not None
         if total is None:
-            self._sum = torch.mm(a, b, out_dtype=torch.float32) if fused and self._had_several else torch.mm(a, b)
-            self._has_several = False
-            return
-        self._has_several = True
-        self._sum = wide(total)
-        if fused:
-            torch.ops.aten.addmm.dtype_out(self._sum, a, b, torch.float32, out=self._sum)
-        elif narrow:
-            self._sum.add_(torch.mm(a, b))
+            dtype = torch.float32 if self._had_several and value.dtype.itemsize < 4 else value.dtype
+            self._sum = product(a, b, dtype, self._memory)
         else:
-            self._sum.addmm_(a, b)
+            self._sum = add_product(wide(total), a, b)
+        if value.device.type == "cpu":
+            self._memory = self._sum
 
     @property
     def has_gradient(self) -> bool:

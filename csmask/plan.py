@@ -114,10 +114,9 @@ def _per_forward(w: int, several: bool) -> Bytes:
 
 def _per_step(w: int, several: bool) -> Bytes:
     # No dS: dWm waits for the optimizer, whose pass needs nothing else. In transit, of several micro-batches in 16
-    # bits: the first dWm, the new one, and on a CPU an fp32 copy of it. In fp32 a linear layer's product adds to what
-    # waits.
+    # bits: the first dWm, while it becomes a sum in fp32, to which a linear layer's products add.
     dmasked_weight = _FP32 if several else w
-    transient = 2 * w + _FP32 if several and w < _FP32 else 0
+    transient = w if several and w < _FP32 else 0
     return Bytes(w, _FP32, dmasked_weight, w, _ADAMW, 0, transient)
 
 

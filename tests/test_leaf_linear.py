@@ -61,6 +61,42 @@ def test_outputs_and_gradients_are_those_of_a_dense_layer(kind, dtype, limit):
     assert (leaf.dmasked_weight - total).norm() <= limit * total.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_memory_of_a_steps_gradient_is_that_of_the_last_ones(kind, dtype, count):
+    """On a CPU new memory costs more than a product of few tokens; what was in it is gone."""
+    circuit, optimizer = layer_of(kind, dtype)
+    leaf, places = circuit.masked_layers["0"].leaf, []
+    for step in range(4):
+        xs = inputs(dtype, count)
+        total = expected(circuit, kind, xs)[2]
+        for x in xs:
+            circuit(x).square().sum().backward()
+        assert (leaf.dmasked_weight - total).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * total.norm()
+        places.append(leaf.dmasked_weight.data_ptr())
+        assert leaf.dmasked_weight.dtype == (torch.float32 if count > 1 else dtype)
+        if step % 2:
+            optimizer.step()
+        else:
+            optimizer.zero_grad()
+        assert leaf.dmasked_weight is None
+    assert len(set(places[1:])) == 1
+    leaf.free()
+    assert leaf._memory is None
+
+
+def test_a_gradient_that_somebody_holds_is_not_written_to():
+    circuit, optimizer = layer_of("linear", torch.float32)
+    (logits,) = circuit.mask_parameters()
+    held = []
+    for x in inputs(torch.float32):
+        circuit(x).square().sum().backward()
+        held.append((logits.grad, logits.grad.clone()))
+        optimizer.step()
+    assert all(torch.equal(grad, copy) for grad, copy in held)
+
+
 def test_sixteen_bits_are_added_up_in_32():
     circuit, optimizer = layer_of("without bias", torch.bfloat16)
     x = torch.full((1, 7), 0.5, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from csmask import CircuitConfig, CircuitModel, _cpp, cli, plan
+from csmask import CircuitConfig, CircuitModel, _cpp, cli, plan, products
 from csmask.optim import MaskAdamW
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -200,7 +200,9 @@ def test_the_peak_of_a_step_is_what_is_planned(dtype, micro_batches, way, execut
     of_all, of_one = (4 * peaks[4] - peaks[1]) / 3, (peaks[1] - peaks[4]) * 4 / 3
     assert of_all == pytest.approx(planned.resident, abs=0.1)  # activations
     # At most: a CPU takes a weight's gradient in blocks, where a GPU has it whole.
-    assert of_one <= planned.transient + 0.3
+    adds_in_blocks = execution == "auto" and micro_batches > 1 and dtype.itemsize == 2
+    blocks = 3 * products._BLOCK_BYTES / 1024**2 if adds_in_blocks else 0  # in 16 bits and in fp32
+    assert of_one <= planned.transient + blocks + 0.3
     if execution != "per_forward":
         assert of_one >= planned.transient - 0.3
 
