@@ -39,10 +39,14 @@ def has_kernel(mask_logits: Tensor | None, *dtypes: torch.dtype) -> bool:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``torch.empty_like``, in huge pages where it is large: new memory is paid for page by page, when written to."""
-    out = torch.empty_like(tensor, dtype=dtype or tensor.dtype)
-    if kernels is not None and out.nbytes >= _LARGE:
-        kernels.prefer_huge_pages(out.data_ptr(), out.nbytes)  # dense: all of it lies behind its first element
-    return out
+    return in_huge_pages(torch.empty_like(tensor, dtype=dtype or tensor.dtype))
+
+
+def in_huge_pages(new: Tensor) -> Tensor:
+    """A dense tensor that nothing has been written to, in huge pages where it is large."""
+    if kernels is not None and new.nbytes >= _LARGE:
+        kernels.prefer_huge_pages(new.data_ptr(), new.nbytes)
+    return new
 
 
 def as_number(scalar: Tensor | None) -> float:

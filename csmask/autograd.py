@@ -257,9 +257,12 @@ def _dense_forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any
 
 
 def _dense_backward(
-    dout: Tensor, x: Tensor | None, weight: Tensor, geometry: Any, wants: list[bool]
+    dout: Tensor, x: Tensor | None, weight: Tensor, geometry: Any, wants: list[bool], memory: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, weight and bias, those that are wanted; the weight may be a stand-in where ``x``'s is not."""
+    """Gradients of input, weight and bias, those that are wanted; the weight may be a stand-in where ``x``'s is not.
+
+    That of a linear layer's weight is written to ``memory``, if there is any.
+    """
     if not isinstance(geometry, bool):
         assert x is not None
         weight = weight if weight.dtype == x.dtype else weight.to(x.dtype)
@@ -273,7 +276,7 @@ def _dense_backward(
     if wants[1]:
         assert x is not None
         x_rows = reference.as_rows(x)  # (M, K)
-        dweight = x_rows.t() @ rows if geometry else rows.t() @ x_rows
+        dweight = torch.mm(*((x_rows.t(), rows) if geometry else (rows.t(), x_rows)), out=memory)
     return dx, dweight, rows.sum(0) if wants[2] else None
 
 

@@ -63,11 +63,20 @@ class LeanLeaf(MaskedLeaf):
     @torch.no_grad()
     def make(self, dtype: torch.dtype) -> Tensor:
         """The masked weight of the logits as they are now, for the caller alone."""
-        masked_weight, l0, _ = ops.materialize(
-            dense(self.weight), self.mask_logits, self.temperature, False, self.scale, dtype
-        )
+        mask = (dense(self.weight), self.mask_logits, self.temperature, False, self.scale)
+        if self.weight.device.type == "cpu":
+            masked_weight = self.empty(dtype, "masked weight")
+            l0 = ops.materialize_(masked_weight, *mask)
+        else:
+            masked_weight, l0, _ = ops.materialize(*mask, dtype)
         self._note_l0(l0)
         return masked_weight
+
+    def empty(self, dtype: torch.dtype, slot: str) -> Tensor:
+        """Memory of the weight's shape for the time of an operation."""
+        if self.group is None or self.weight.device.type != "cpu":
+            return empty_like(self.weight, dtype)
+        return self.group.transients.empty_like(self.weight, dtype, slot)
 
     def refresh(self) -> None:
         if self._is_stale():
@@ -115,19 +124,25 @@ class LeanLeaf(MaskedLeaf):
         """The gradient of one use; with that of the last one it is the layer's turn.
 
         Args:
-            dmasked_weight: not the caller's any more.
+            dmasked_weight: not the caller's any more; on a CPU, other layers' to write to when this returns.
             memory: of a masked weight, to be written to.
         """
         self._uses.discard(use)
-        self._sum = dmasked_weight if self._sum is None else wide(self._sum).add_(dmasked_weight)
         # A penalty on the logits has a way of its own to them: it may need them as they are, or its gradient may still
         # come. Then the turn is for ``step`` to take.
-        if not self._uses and not is_asked_for(self.mask_logits):
+        takes_turn = not self._uses and not is_asked_for(self.mask_logits)
+        if self._sum is not None:
+            self._sum = wide(self._sum).add_(dmasked_weight)
+        elif takes_turn or dmasked_weight.device.type != "cpu":
+            self._sum = dmasked_weight
+        else:
+            self._sum = dmasked_weight.clone()
+        if takes_turn:
             self._take_turn(memory)
 
     def take_turn(self) -> None:
         """Step the logits by what has come so far, of l0 alone or of some uses."""
-        self._take_turn(empty_like(self.weight))
+        self._take_turn(self.empty(self.weight.dtype, "turn"))
 
     @torch.no_grad()
     def _take_turn(self, memory: Tensor) -> None:
@@ -146,6 +161,8 @@ class LeanLeaf(MaskedLeaf):
         """The optimizer's ``step()`` is over: the next gradient belongs to the next one."""
         self.spent = False
         self._uses.clear()
+        if self.group is not None:
+            self.group.transients.drop()
 
     # Gradients, which nobody gets to see
 
@@ -194,8 +211,9 @@ class LeanOp(torch.autograd.Function):
         (x,) = ctx.saved_tensors  # under checkpointing, another forward
         steps = is_asked_for(leaf.anchor)
         wants = [ctx.needs_input_grad[0], steps, ctx.needs_input_grad[2]]
-        masked_weight = leaf.make(ctx.dtype) if wants[0] else empty_like(leaf.weight, ctx.dtype)
-        dx, dmasked_weight, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants)
+        masked_weight = leaf.make(ctx.dtype) if wants[0] else leaf.empty(ctx.dtype, "masked weight")
+        memory = leaf.empty(ctx.dtype, "gradient") if steps and x.device.type == "cpu" else None
+        dx, dmasked_weight, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants, memory)
         if dmasked_weight is not None:
             leaf.receive(ctx.use, dmasked_weight, masked_weight)
         return dx, None, dbias, None, None

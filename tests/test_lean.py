@@ -427,6 +427,27 @@ def test_forwards_before_one_backward_add_up():
     assert_close(got.mask_parameters(), want.mask_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_wait_in_memory_of_their_own_while_other_layers_have_their_turn(dtype):
+    """Layers of one size, some used twice: of what they share, nothing of one is there when another is done."""
+    torch.manual_seed(0)
+    net, x = Row(3, 16, dtype), torch.randn(4, 16).to(dtype)
+    found = []
+    for execution in ("auto", "per_forward"):
+        circuit = CircuitModel(CircuitConfig(target_layers="all", execution=execution), copy.deepcopy(net))
+        randomize_logits(circuit)
+        optimizer = (lean if execution == "auto" else torchs)(circuit.mask_parameters())
+        first, second, third = circuit.masked_layers.values()
+        for _ in range(3):
+            first(second(first(third(second(x))))).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(circuit.mask_parameters())
+    limit = 1e-5 if dtype == torch.float32 else 0.02
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() <= limit * want.norm()
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_forward_without_backward_changes_nothing(keep):
     """While its graph is alive the gradient waits for ``step``; after that its backward is refused."""
