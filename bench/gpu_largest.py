@@ -32,6 +32,8 @@ WAYS = {
 }
 ACTIVATIONS = 4.0  # GiB, where the search begins: logits of 2048 tokens over Llama's vocabulary, and their gradients
 TOY_DEPTH = 2
+# What libraries say where memory is used up beside PyTorch's allocator.
+FULL = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED")
 
 
 def largest(context: Context) -> None:
@@ -42,34 +44,48 @@ def largest(context: Context) -> None:
         context.record["reason"] = f"transformers is not there: {error}"
         return
     per_layer = second.masked - first.masked
+    context.clock.free()
     for way, planned in WAYS.items():
         if context.is_over(way):
             continue
         peaks: dict[int, int] = {}
         try:
             guess = _guess(context, planned, first, second)
+            # First of all while there is memory: libraries and compiled code are loaded at their first use.
+            if not _fits(context, way, 1, peaks):
+                raise RuntimeError("a model of one layer does not fit")
             depth, above = deepest(lambda n, w=way, p=peaks: _fits(context, w, n, p), guess, lambda: context.left() < 0)
         except Exception as error:  # noqa: BLE001, recorded
             context.fail(f"{KERNEL} {way}", Failure.of(error))
             continue
+        if depth == 0:
+            context.record["not_run"].append(f"{way}: none of those that were tried fits, the smallest has {above}")
+            continue
         tried = f"{above} layers do not fit" if above else "no more were tried"
         x = f"1 x {8 if context.toy else TOKENS} tokens"
-        weights = (first.masked + (depth - 1) * per_layer) / 1e9 if depth else 0.0
+        weights = (first.masked + (depth - 1) * per_layer) / 1e9
         row = (KERNEL, way, "largest")
         context.results.add(*row, "layers", "1", x, depth, config=tried)
         context.results.add(*row, "masked weights", "1e9", x, weights, config=tried)
-        if depth and context.device.type == "cuda":
+        if context.device.type == "cuda":
             context.results.add(*row, "peak memory", "GiB", x, peaks[depth] / 2**30, config=tried)
 
 
 def deepest(fits: Callable[[int], bool], guess: int, is_over: Callable[[], bool]) -> tuple[int, int | None]:
     """The largest count that was found to fit, and the smallest that was found not to; 0 and None where none was.
 
-    Counts are tried from ``guess`` on in growing strides, then by halves, until the two are neighbours or it is over.
+    Counts are tried from ``guess`` on in growing strides, then by halves, until the two are neighbours or it is over. One
+    that fails otherwise ends the search, if there is one that fits; if not, its exception is raised.
     """
     low, high, count, stride = 0, None, max(guess, 1), 1
     while not is_over():
-        if fits(count):
+        try:
+            does = fits(count)
+        except Exception:
+            if low == 0:
+                raise
+            break
+        if does:
             low = count
         else:
             high = count
@@ -118,8 +134,10 @@ def _fits(context: Context, way: str, depth: int, peaks: dict[int, int]) -> bool
             torch.cuda.synchronize()
             peaks[depth] = torch.cuda.max_memory_allocated()
         return True
-    except torch.OutOfMemoryError:
-        return False
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in FULL):
+            return False
+        raise
     finally:
         step = None
         forget(context)

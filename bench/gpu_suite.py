@@ -10,9 +10,9 @@ baseline under ``max-autotune``) and ``largest`` (the most masked weights that t
 that fails is recorded and the next one runs. Figures are written as they come to ``OUT_DIR/gpu_suite.json`` and
 ``.csv``; a summary is printed last. Exit status 1 says that something failed.
 
-Needs torch, triton and this source tree (the last two stages transformers too); nothing need be installed, no network.
-Without a GPU only what needs none runs. ``--rehearse`` (or ``TRITON_INTERPRET=1``) runs every stage on the CPU at toy
-sizes, in Triton's interpreter: its times mean nothing.
+Needs torch, triton and this source tree (``transformers``, ``llama`` and ``largest`` transformers too); nothing need be
+installed, no network. Without a GPU only what needs none runs. ``--rehearse`` (or ``TRITON_INTERPRET=1``) runs every
+stage on the CPU at toy sizes, in Triton's interpreter: its times mean nothing.
 """
 
 from __future__ import annotations

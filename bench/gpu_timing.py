@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], Any]
 # Read between timed calls to push their data out of L2. Read, not written: dirty lines would be written back on the
@@ -19,6 +20,7 @@ FLUSH_BYTES = 512 << 20
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
 # On a CPU a turn goes on for as long, so that a call finds the caches as its own last one left them, as in a loop.
 TURN_MS, MAX_CALLS, PROBES = 20.0, 50, 3
+REPLAYED = "graph"  # how a call is timed, in words
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,16 @@ class Clock:
         self._min_rounds = min_rounds or (MIN_ROUNDS if self.is_gpu else 1)
         self._max_rounds = max(self._min_rounds, max_rounds)
         # Random, though only read: data decide about power, and power about clocks.
-        self._flushed = torch.randn(FLUSH_BYTES // 4, device=device) if self.is_gpu else None
+        self._flushed: Tensor | None = None
+        self._fill()
+
+    def _fill(self) -> None:
+        if self.is_gpu and self._flushed is None:
+            self._flushed = torch.randn(FLUSH_BYTES // 4, device=self.device)
+
+    def free(self) -> None:
+        """Free the clock's own memory until it next measures."""
+        self._flushed = None
 
     def measure(self, calls: Mapping[str, Call], seconds: float, graph: bool = True) -> dict[str, Timing | Failure]:
         """Time each call as often as ``seconds`` and the rounds allow; one that raises gives a Failure.
@@ -79,6 +90,7 @@ class Clock:
             graph: capture each call in a CUDA graph and time the replays, which leaves launch gaps out; where a call
                 cannot be captured, its launches are timed as they come.
         """
+        self._fill()
         found: dict[str, Timing | Failure] = {}
         runs: dict[str, tuple[Call, str, int]] = {}
         for name, call in calls.items():
@@ -92,9 +104,9 @@ class Clock:
             # Each round begins with another call: none is always the one that follows the slowest.
             turns = list(runs.items())
             first = done % max(len(turns), 1)
-            for name, (run, _, calls_per_turn) in turns[first:] + turns[:first]:
+            for name, (run, method, calls_per_turn) in turns[first:] + turns[:first]:
                 try:
-                    samples[name].append(self._turn(run, calls_per_turn))
+                    samples[name].append(self._turn(run, calls_per_turn, method == REPLAYED))
                 except Exception as error:  # noqa: BLE001, PERF203, recorded by the caller
                     found[name] = self._failure(error)
                     del runs[name]
@@ -103,8 +115,8 @@ class Clock:
         found.update({name: Timing.of(samples[name], method) for name, (_, method, _) in runs.items()})
         return {name: found[name] for name in calls}
 
-    def _turn(self, run: Call, calls: int) -> float:
-        """Milliseconds of a call, on a CPU the mean of several."""
+    def _turn(self, run: Call, calls: int, hides_launch: bool = False) -> float:
+        """Milliseconds of a call, on a CPU the mean of several, on a GPU with or without its first launch."""
         if not self.is_gpu:
             start = time.perf_counter()
             for _ in range(calls):
@@ -112,8 +124,10 @@ class Clock:
             return (time.perf_counter() - start) * 1e3 / calls
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         assert self._flushed is not None
-        # Queued before the call, it also hides the time that the call's first launch takes on the host.
+        # Queued before the call, it also hides what the host takes, for as long as it runs itself.
         self._flushed.sum()
+        if not hides_launch:
+            torch.cuda.synchronize()
         start.record()
         run()
         end.record()
@@ -148,7 +162,7 @@ class Clock:
             torch.cuda.synchronize()
             call()
             return call, f"events, no graph: {type(error).__name__}", 1
-        return captured.replay, "graph", 1
+        return captured.replay, REPLAYED, 1
 
     def _failure(self, error: Exception) -> Failure:
         failure = Failure.of(error)

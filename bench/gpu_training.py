@@ -179,6 +179,8 @@ def autotuned(context: Context) -> None:
         dout = torch.randn(m, n, device=context.device).to(context.dtype)
         built = _checked(context, layer, layer.autotuned_providers(), inputs, dout)
         for mode, optimizer in (("forward+backward", False), ("step", True)):
+            if context.is_over(f"{mode}{AUTOTUNED} {x}"):
+                continue
             arguments = (inputs, dout, 1, optimizer)
             calls = {name: (lambda p=p, a=arguments: p.step(*a)) for name, p in built.items()}
             times = context.measure("masked_linear", mode + AUTOTUNED, x, calls, 3.0)

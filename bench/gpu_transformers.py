@@ -1,4 +1,4 @@
-"""The GPU suite's last stage: a training step of whole transformers, built from configs with random weights."""
+"""The GPU suite's stage of models: a training step of whole transformers, built from configs with random weights."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ _LOGITS_BYTES = 4
 def _block_features(rows: int, features: int, others: int, itemsize: int, block_itemsize: int) -> int:
     """How many of ``features`` make a block, with ``others`` weights each: what a visit takes fills half the cache.
 
-    Each block's product reads the input again, of ``rows``: many of them make blocks larger, up to four times.
+    Each block's product reads the input again, of ``rows``: where these are many, that is more than what the cache
+    saves, and blocks are up to four times as large.
     """
     assert _cpp.kernels is not None
     budget = _cpp.kernels.last_level_cache() // 2

@@ -209,6 +209,8 @@ class CircuitModel(nn.Module):
         for layer in self.masked_layers.values():
             if changes and layer.masked_weight.keep != "always":
                 layer.masked_weight.drop()  # soft masks are of no use in evaluation, nor hard ones in training
+            if changes and layer.leaf is not None:
+                layer.leaf.drop_memory()
             layer.training = mode
         return self
 

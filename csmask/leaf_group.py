@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _cpp
 from .masked_leaf import REPLACED, SECOND, MaskedLeaf, refuse_graph, weakly
 
 _LATE = (
     "the gradient of l0 came after layers had been stepped inside backward: in lean mode take circuit.l0() after the "
     "forward whose loss it is added to, and run one backward for their sum; or give the optimizer lean=False"
 )
-
-
-class Transients(threading.local):
-    """Memory for what one layer at a time has, the same for all layers of a group; each thread's own.
-
-    For CPUs, where memory that is new costs page faults; GPUs have an allocator that keeps it.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
-
-    def empty_like(self, weight: Any, dtype: torch.dtype, slot: str) -> Tensor:
-        """Memory in the weight's layout, not initialised; what the slot gave before is overwritten."""
-        nbytes = weight.numel() * dtype.itemsize
-        if slot not in self._memory or self._memory[slot].numel() < nbytes:
-            with torch.inference_mode(False):  # it outlives this call
-                self._memory[slot] = _cpp.in_huge_pages(torch.empty(nbytes, dtype=torch.uint8))
-        return self._memory[slot][:nbytes].view(dtype).as_strided(weight.shape, weight.stride())
-
-    def drop(self) -> None:
-        """Free the memory of this thread."""
-        self._memory.clear()
 
 
 class LeafGroup:
@@ -50,7 +26,6 @@ class LeafGroup:
         counts: int64 ``(leaves, 2)``, kept and undecided weights as the last step left them; None before it.
         optimizer: a weak reference to the optimizer.
         param_group: which of the optimizer's parameter groups the logits are in.
-        transients: memory that lean leaves share until the step ends.
     """
 
     counts: Tensor | None
@@ -59,7 +34,6 @@ class LeafGroup:
     def __init__(self, leaves: list[MaskedLeaf], optimizer: Any, param_group: int) -> None:
         self.leaves, self.param_group = leaves, param_group
         self.optimizer = weakref.ref(optimizer)
-        self.transients = Transients()
         with torch.inference_mode(False):
             self._memory = torch.zeros(len(leaves), device=leaves[0].mask_logits.device)
         self.forget_counts()

@@ -1,8 +1,8 @@
 """Lean mode: the step of a layer runs inside backward, as soon as the layer's gradient is complete.
 
-Forward makes the masked weight and frees it, backward makes it again, has its gradient and steps the logits at once: of
-neither is there ever more than one layer's. What that rules out raises: a second gradient in one step, and looking at
-gradients, which are gone when backward returns.
+Forward makes the masked weight for the time of its product, backward makes it again, has its gradient and steps the
+logits at once: of neither is there ever more than one layer's. What that rules out raises: a second gradient in one
+step, and looking at gradients, which are gone when backward returns.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ class LeanLeaf(MaskedLeaf):
 
     def empty(self, dtype: torch.dtype, slot: str) -> Tensor:
         """Memory of the weight's shape for the time of an operation."""
-        if self.group is None or self.weight.device.type != "cpu":
+        optimizer = None if self.group is None else self.group.optimizer()
+        if optimizer is None or self.weight.device.type != "cpu":
             return empty_like(self.weight, dtype)
-        return self.group.transients.empty_like(self.weight, dtype, slot)
+        return optimizer.transients.empty_like(self.weight, dtype, slot)
 
     def refresh(self) -> None:
         if self._is_stale():
@@ -138,11 +139,16 @@ class LeanLeaf(MaskedLeaf):
         else:
             self._sum = dmasked_weight.clone()
         if takes_turn:
-            self._take_turn(memory)
+            try:
+                self._take_turn(memory)
+            except BaseException:
+                if self._sum is dmasked_weight:  # it waits on, and other layers write there
+                    self._sum = dmasked_weight.clone()
+                raise
 
     def take_turn(self) -> None:
         """Step the logits by what has come so far, of l0 alone or of some uses."""
-        self._take_turn(self.empty(self.weight.dtype, "turn"))
+        self._take_turn(self.empty(self.weight.dtype, "next masked weight"))
 
     @torch.no_grad()
     def _take_turn(self, memory: Tensor) -> None:
@@ -161,8 +167,6 @@ class LeanLeaf(MaskedLeaf):
         """The optimizer's ``step()`` is over: the next gradient belongs to the next one."""
         self.spent = False
         self._uses.clear()
-        if self.group is not None:
-            self.group.transients.drop()
 
     # Gradients, which nobody gets to see
 
@@ -212,7 +216,8 @@ class LeanOp(torch.autograd.Function):
         steps = is_asked_for(leaf.anchor)
         wants = [ctx.needs_input_grad[0], steps, ctx.needs_input_grad[2]]
         masked_weight = leaf.make(ctx.dtype) if wants[0] else leaf.empty(ctx.dtype, "masked weight")
-        memory = leaf.empty(ctx.dtype, "gradient") if steps and x.device.type == "cpu" else None
+        in_memory = steps and isinstance(ctx.geometry, bool) and x.device.type == "cpu"
+        memory = leaf.empty(ctx.dtype, "gradient") if in_memory else None
         dx, dmasked_weight, dbias = _dense_backward(dout, x, masked_weight, ctx.geometry, wants, memory)
         if dmasked_weight is not None:
             leaf.receive(ctx.use, dmasked_weight, masked_weight)

@@ -19,6 +19,7 @@ from .masked_layer import check_numbers, layers_of
 from .masked_leaf import LEAN_ELSE, MaskedLeaf, grad_so_far, leaf_of
 from .quantised import dense
 from .shards import in_several_processes, is_sharded, whole
+from .transients import Transients
 
 
 def _refuse_other_optimizers(optimizer: Optimizer, *_: Any) -> None:
@@ -59,6 +60,7 @@ class _MaskOptimizer(Optimizer):
         self._begin_turns()
         super().__init__(params, defaults)
         self._groups: list[LeafGroup] = []
+        self.transients = Transients()
         self._take_layers()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -95,7 +97,7 @@ class _MaskOptimizer(Optimizer):
         super().__setstate__(state)
         if "_groups" not in vars(self):  # unpickled or copied
             last = state.get("_last_factor")
-            self.grad_norm, self._groups = None, []
+            self.grad_norm, self._groups, self.transients = None, [], Transients()
             self._begin_turns()
             self._last_factor = last
             self._take_layers()
@@ -168,6 +170,7 @@ class _MaskOptimizer(Optimizer):
                 self._step_leaves(group, leaves, factor)
         for leaf in mine:
             leaf.end_step()
+        self.transients.drop()
         return loss
 
     def _parts(self, group: dict[str, Any], mine: set[int]) -> tuple[list[MaskedLeaf], list[nn.Parameter]]:
@@ -257,6 +260,7 @@ class _MaskOptimizer(Optimizer):
 
     def _take_turns_left(self, leaves: list[MaskedLeaf]) -> None:
         """Those of layers that have a gradient and had no turn: of l0 alone, of fewer uses than forward had."""
+        self.transients.drop()  # what layers have had; these ask for more
         for leaf in leaves:
             logits = leaf.mask_logits
             if leaf.has_gradient or (leaf_of(logits) is leaf and grad_so_far(logits) is not None):

@@ -274,6 +274,7 @@ class MaskedLeaf:
         if torch.is_grad_enabled():
             value.grad = None
             refuse_graph()
+        self._memory = None if self._memory is not self._sum else self._memory  # autograd brings its own
         if grad is None or (self._sum is None and grad.dtype.itemsize >= 4):
             return
         value.grad = None
@@ -287,6 +288,10 @@ class MaskedLeaf:
     def receive_product(self, a: Tensor, b: Tensor) -> None:
         """Add ``a b``, the gradient of one micro-batch ``(out, in)``, to what waits; called within backward."""
         refuse_graph()
+        if torch.is_inference_mode_enabled():  # the sum outlives it
+            with torch.inference_mode(False), torch.no_grad():
+                self.receive_product(a, b)
+            return
         value = self.value
         assert value is not None
         total, value.grad = self.dmasked_weight, None
@@ -368,6 +373,11 @@ class MaskedLeaf:
         else:
             ops.logits_grad_(grad, *chain)
         self.discard()
+        self.drop_memory()  # whoever looks once will look again: there is that of ``grad`` now
+
+    def drop_memory(self) -> None:
+        """Free what is kept for the next gradient."""
+        self._memory = None
 
     def discard(self) -> None:
         """Drop what waits."""

@@ -114,9 +114,10 @@ def _per_forward(w: int, several: bool) -> Bytes:
 
 def _per_step(w: int, several: bool) -> Bytes:
     # No dS: dWm waits for the optimizer, whose pass needs nothing else. In transit, of several micro-batches in 16
-    # bits: the first dWm, while it becomes a sum in fp32, to which a linear layer's products add.
+    # bits: the first dWm, while it becomes a sum in fp32; a convolution's second one beside it, where a linear layer's
+    # product adds to the sum.
     dmasked_weight = _FP32 if several else w
-    transient = w if several and w < _FP32 else 0
+    transient = 2 * w if several and w < _FP32 else 0
     return Bytes(w, _FP32, dmasked_weight, w, _ADAMW, 0, transient)
 
 

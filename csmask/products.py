@@ -26,13 +26,12 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, memory: Tensor | None = No
         memory: nothing is read from it; not used where the device multiplies into fp32 by itself.
     """
     shape = (a.shape[0], b.shape[1])
-    if memory is not None and (memory.dtype, memory.shape, memory.device) != (dtype, shape, a.device):
-        memory = None
-    if dtype == a.dtype:
-        return torch.mm(a, b, out=memory)
-    if multiplies_into_fp32(a):
+    if dtype != a.dtype and multiplies_into_fp32(a):
         return torch.mm(a, b, out_dtype=dtype)
-    memory = torch.empty(shape, dtype=dtype, device=a.device) if memory is None else memory
+    if memory is None or (memory.dtype, memory.shape, memory.device) != (dtype, shape, a.device):
+        memory = torch.empty(shape, dtype=dtype, device=a.device)
+    if dtype == a.dtype:
+        return torch.mm(a, b, out=memory)  # where the output is given, autocast changes no dtype
     return _in_blocks(a, b, memory, adds=False)
 
 

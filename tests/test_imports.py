@@ -23,7 +23,7 @@ LEVELS = [
     {"shards", "signature", "state_codes"},
     {"_plain", "_plain_step"},
     {"_cpp"},
-    {"_cpp_linear", "_cpp_step", "_cpp_units"},
+    {"_cpp_linear", "_cpp_step", "_cpp_units", "transients"},
     {"_ops"},
     # ablation lies below layers, whose forward uses it
     {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},

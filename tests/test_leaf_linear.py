@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,48 @@ def test_the_memory_of_a_steps_gradient_is_that_of_the_last_ones(kind, dtype, co
     assert len(set(places[1:])) == 1
     leaf.free()
     assert leaf._memory is None
+
+
+@pytest.mark.parametrize("look", ["read the gradient", "evaluate"])
+def test_memory_is_not_kept_beside_what_else_there_is(look):
+    """``mask_logits.grad`` is as large, and in evaluation there is no gradient."""
+    circuit, _ = layer_of("linear", torch.float32)
+    leaf, (logits,) = circuit.masked_layers["0"].leaf, circuit.mask_parameters()
+    circuit(inputs(torch.float32, 1)[0]).sum().backward()
+    assert leaf._memory is leaf.dmasked_weight
+    if look == "evaluate":
+        circuit.zero_grad()
+        circuit.eval()
+    else:
+        assert logits.grad is not None
+    assert leaf._memory is None
+    circuit.train()
+    F.linear(inputs(torch.float32, 1)[0], leaf.current(torch.float32)).sum().backward()
+    assert leaf._memory is None
+    assert leaf.dmasked_weight is not None
+
+
+def test_a_backward_in_inference_mode_leaves_nothing_behind():
+    circuit, optimizer = layer_of("linear", torch.float32)
+    (x,) = inputs(torch.float32, 1)
+    loss = circuit(x).square().sum()
+    with torch.inference_mode(), contextlib.suppress(RuntimeError):
+        loss.backward()
+    optimizer.zero_grad()
+    total = expected(circuit, "linear", [x, x])[2]
+    for _ in range(2):
+        circuit(x).square().sum().backward()
+    assert (circuit.masked_layers["0"].leaf.dmasked_weight - total).norm() <= 1e-6 * total.norm()
+    optimizer.step()
+
+
+def test_autocast_in_backward_does_not_change_the_sums_dtype():
+    circuit, _ = layer_of("linear", torch.float32)
+    (x,) = inputs(torch.float32, 1)
+    out = circuit(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out.square().sum().backward()
+    assert circuit.masked_layers["0"].leaf.dmasked_weight.dtype == torch.float32
 
 
 def test_a_gradient_that_somebody_holds_is_not_written_to():

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -446,6 +447,68 @@ def test_gradients_wait_in_memory_of_their_own_while_other_layers_have_their_tur
     limit = 1e-5 if dtype == torch.float32 else 0.02
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() <= limit * want.norm()
+
+
+def test_a_turn_that_is_interrupted_leaves_a_gradient_that_nobody_writes_to(monkeypatch):
+    """The same steps as those of one who was not interrupted: what waited is stepped by the next ``step()``."""
+    x, found = torch.randn(4, 16, generator=torch.Generator().manual_seed(1)), []
+    for interrupt in (True, False):
+        torch.manual_seed(0)
+        circuit = CircuitModel(CircuitConfig(target_layers="all"), Row(2, 16, torch.float32))
+        randomize_logits(circuit)
+        optimizer = MaskSGD(circuit.mask_parameters(), lr=10.0, lean=True)
+        first, second = circuit.masked_layers.values()
+        if interrupt:
+            with monkeypatch.context() as patch:
+                patch.setattr(type(optimizer), "_mask_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    first(x).square().mean().backward()
+            assert first.leaf.has_gradient
+        else:
+            first(x).square().mean().backward()
+        second(x).square().mean().backward()
+        optimizer.step()
+        found.append(circuit.mask_parameters())
+    assert_close(*found)
+
+
+@pytest.mark.skipif(_cpp.kernels is None, reason="plain torch has temporaries of its own")
+def test_layers_of_several_parameter_groups_share_their_memory():
+    size, count, x = 512, 6, torch.randn(2, 512)
+    circuit = CircuitModel(CircuitConfig(target_layers="all"), Row(count, size, torch.float32))
+    groups = [{"params": [p], "lr": 0.01 * (i + 1)} for i, p in enumerate(circuit.mask_parameters())]
+    optimizer = MaskSGD(groups, lr=0.01, lean=True)
+
+    def backward():
+        circuit(x.clone().requires_grad_())["loss"].backward()
+
+    scratch = 2 * 4 * size * size
+    usage = measure(torch.device("cpu"), backward)
+    assert usage.peak == pytest.approx(scratch, abs=150_000)
+    optimizer.step()
+    usage = measure(torch.device("cpu"), lambda: (backward(), optimizer.step())[1])
+    assert usage.resident <= 150_000
+
+
+def test_the_memory_of_other_threads_is_freed_too():
+    circuit = CircuitModel(CircuitConfig(target_layers="all"), Row(2, 16, torch.float32))
+    optimizer = lean(circuit.mask_parameters())
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: circuit(torch.randn(2, 16))["loss"].backward()).result()
+        assert optimizer.transients._memory
+        optimizer.step()
+        assert not optimizer.transients._memory
+
+
+def test_a_weight_that_lies_in_another_tensor_trains():
+    circuit = CircuitModel(CircuitConfig(target_layers="all"), nn.Sequential(nn.Linear(8, 6)))
+    optimizer = lean(circuit.mask_parameters())
+    layer = circuit.masked_layers["0"]
+    layer.weight.data = torch.randn(6, 11)[:, :8]
+    before = layer.mask_logits.detach().clone()
+    circuit(torch.randn(3, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(layer.mask_logits, before)
 
 
 @pytest.mark.parametrize("keep", [True, False])

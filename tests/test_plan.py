@@ -203,8 +203,10 @@ def test_the_peak_of_a_step_is_what_is_planned(dtype, micro_batches, way, execut
     adds_in_blocks = execution == "auto" and micro_batches > 1 and dtype.itemsize == 2
     blocks = 3 * products._BLOCK_BYTES / 1024**2 if adds_in_blocks else 0  # in 16 bits and in fp32
     assert of_one <= planned.transient + blocks + 0.3
-    if execution != "per_forward":
+    if execution == "lean":
         assert of_one >= planned.transient - 0.3
+    if execution == "auto":
+        assert of_one >= planned.transient / 2 - 0.3  # these layers are linear
 
 
 @pytest.mark.parametrize(("provider", "way"), [("eager", "eager PyTorch (NeuroSurgeon)"), ("compile", "torch.compile")])
