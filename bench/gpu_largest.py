@@ -74,8 +74,8 @@ def largest(context: Context) -> None:
 def deepest(fits: Callable[[int], bool], guess: int, is_over: Callable[[], bool]) -> tuple[int, int | None]:
     """The largest count that was found to fit, and the smallest that was found not to; 0 and None where none was.
 
-    Counts are tried from ``guess`` on in growing strides, then by halves, until the two are neighbours or it is over. One
-    that fails otherwise ends the search, if there is one that fits; if not, its exception is raised.
+    Counts are tried from ``guess`` on in growing strides, then by halves, until the two are neighbours or it is over.
+    One that fails otherwise ends the search, if there is one that fits; if not, its exception is raised.
     """
     low, high, count, stride = 0, None, max(guess, 1), 1
     while not is_over():
