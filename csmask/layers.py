@@ -312,5 +312,5 @@ _OWN_ATTRIBUTES = (*_SETTINGS, *_STATE)
 
 def taken_attribute(module: nn.Module) -> str | None:
     """A name that a masked layer needs for itself and the layer has already, if there is one."""
-    own = {"mask_logits", "bias_mask_logits", "temperature", *_OWN_ATTRIBUTES, *vars(MaskedLayer)} - set(dir(nn.Module))
+    own = {"mask_logits", "bias_mask_logits", "temperature", *_OWN_ATTRIBUTES, *dir(MaskedLayer)} - set(dir(nn.Module))
     return next((name for name in sorted(own) if hasattr(module, name)), None)

@@ -108,7 +108,8 @@ def test_every_stage_leaves_its_figures(rehearsal):
 
 
 def test_what_runs_on_demand_leaves_its_figures(tmp_path):
-    assert suite(str(tmp_path), "--stages", "autotuned,largest") == 0
+    arguments = ["--rehearse", "--stages", "autotuned,largest", "--seconds", "600", "--seed", "5"]
+    assert gpu_suite.main([str(tmp_path), *arguments]) == 0
     rows = read(tmp_path)["rows"]
     for mode in ("forward+backward, autotuned", "step, autotuned"):
         found = {r["provider"] for r in rows if (r["mode"], r["metric"]) == (mode, "over dense")}
