@@ -42,7 +42,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "compute-sanitizer, under which kernels take up to a thousand times as long",
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="add to the figures that OUT_DIR holds")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.checks is not None and options.checks < 1:
+        parser.error(f"--checks must be 1 or more, got {options.checks}")
+    return options
 
 
 def main(arguments: list[str], restart: Callable[[list[str]], Any] | None = None) -> int:

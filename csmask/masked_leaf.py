@@ -274,7 +274,8 @@ class MaskedLeaf:
         if torch.is_grad_enabled():
             value.grad = None
             refuse_graph()
-        self._memory = None if self._memory is not self._sum else self._memory  # autograd brings its own
+        if self._memory is not self._sum:
+            self.drop_memory()  # autograd brings its own
         if grad is None or (self._sum is None and grad.dtype.itemsize >= 4):
             return
         value.grad = None

@@ -139,6 +139,13 @@ def test_the_deepest_model_is_next_to_one_that_does_not_fit(limit, guess):
     assert gpu_largest.deepest(fits, guess, lambda: True) == (0, None)
 
 
+def test_no_checks_at_all_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        suite(str(tmp_path / "out"), "--checks", "0")
+    assert "--checks must be 1 or more, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_few_checks_are_the_smallest_of_some_size():
     def check(size: int) -> gpu_checks.Check:
         return gpu_checks.Check("op", str(size), {"x": torch.empty(size), "bias": None}, dict, dict)
