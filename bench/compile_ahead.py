@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 from csmask_kernels import launch as launches
+from csmask_kernels import replay
 from csmask_kernels.launch import Launch
 
 Call = Callable[[], Any]
@@ -23,6 +24,7 @@ def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
     original = getattr(launches, name)
 
     def put(old: Any, new: Any) -> None:
+        replay.forget()
         for module in [m for n, m in sys.modules.items() if n.startswith("csmask_kernels.")]:
             if getattr(module, name, None) is old:
                 setattr(module, name, new)
@@ -36,8 +38,7 @@ def replaced(name: str, function: Callable[..., Any]) -> Iterator[None]:
 
 def launches_of(call: Call) -> list[Launch]:
     """The launches that a call of launchers would make; what it returns is garbage and dropped."""
-    found: list[Launch] = []
-    with replaced("run", lambda _device, *planned: found.extend(planned)):
+    with launches.collecting() as found:
         call()
     return found
 

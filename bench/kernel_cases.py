@@ -85,13 +85,13 @@ def scale_neurons_cases(target: Target) -> Iterator[Case]:
             mask = (z, logits, TEMPERATURE, bias, hard, scale, 1)
             yield f"scale_neurons {what}", scale_neurons.plan(*mask, torch.empty_like(z), target)
             arguments = (z, logits, TEMPERATURE, dl0, hard, scale, 1, 9, torch.empty_like(z), logits, target)
-            launches = scale_neurons.plan_grad(z, *arguments)
+            launches, _ = scale_neurons.plan_grad(z, *arguments)
             yield f"scale_neurons_grad {what}", launches[0]
             if len(launches) > 1:
                 yield f"scale_neurons_grad {what} dlogits", launches[1]
     z, dout = shapes["channels-last"], shapes["images"]
     arguments = (z, empty(256, dtype=torch.float32), TEMPERATURE, None, False, 1.0, 1, 1, torch.empty_like(z))
-    launches = scale_neurons.plan_grad(dout, *arguments, empty(256, dtype=torch.float32), target)
+    launches, _ = scale_neurons.plan_grad(dout, *arguments, empty(256, dtype=torch.float32), target)
     yield "scale_neurons_grad mixed layouts", launches[0]
     yield "scale_neurons_grad without dl0", launches[1]
 

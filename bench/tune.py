@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from compile_ahead import compile_ahead, launches_of, replaced
-from csmask_kernels import launch
+from csmask_kernels import launch, replay
 from csmask_kernels.launch import (
     CONFIG_DIRECTORY,
     ElementwiseConfig,
@@ -351,6 +351,7 @@ def search(
                 write_table(path, table, target)
     launch.config_table.cache_clear()
     launch.get_config.cache_clear()
+    replay.forget()
     return found
 
 

@@ -348,12 +348,20 @@ def test_no_launch_is_left_out_after_compiling_ahead():
     torch.testing.assert_close(out, weight * torch.sigmoid(logits))
 
 
-def test_a_kernel_that_is_imported_while_launches_are_collected_gets_the_real_function(monkeypatch):
-    name = "csmask_kernels.bitmask"
+def test_a_kernel_that_is_imported_while_a_function_is_replaced_gets_it_and_then_the_real_one(monkeypatch):
+    name, asked = "csmask_kernels.bitmask", []
     monkeypatch.delitem(sys.modules, name, raising=False)
-    (planned,) = compile_ahead.launches_of(lambda: importlib.import_module(name).pack_mask(torch.randn(8)))
+
+    def recording(op, *arguments):
+        asked.append(op)
+        return original(op, *arguments)
+
+    original = launch.get_config
+    with compile_ahead.replaced("get_config", recording):
+        (planned,) = compile_ahead.launches_of(lambda: importlib.import_module(name).pack_mask(torch.randn(8)))
     assert planned.kernel.__name__ == "_pack_mask_kernel"
-    assert sys.modules[name].run is launch.run
+    assert asked == ["pack_mask"]
+    assert sys.modules[name].get_config is launch.get_config is original
 
 
 def test_workers_compile_each_kernel_once_for_a_gpu_that_is_not_there(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from csmask import reference, testing
 
 pytest.importorskip("triton")
 from csmask_kernels import masked_linear_dlogits as mld
+from csmask_kernels import replay
 from csmask_kernels.launch import GemmConfig, Target
 
 POINTER = "_masked_linear_dlogits_kernel"
@@ -36,13 +37,13 @@ def poison(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that were launched."""
-    names, run = [], mld.run
+    names, run = [], replay.run
 
     def recording(device, *launches):
         names.extend(launch.kernel.fn.__name__ for launch in launches)
-        run(device, *launches)
+        return run(device, *launches)
 
-    monkeypatch.setattr(mld, "run", recording)
+    monkeypatch.setattr(replay, "run", recording)
     return names
 
 

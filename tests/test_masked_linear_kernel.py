@@ -13,6 +13,7 @@ from csmask import reference, testing
 pytest.importorskip("triton")
 from csmask_kernels import masked_linear as ml
 from csmask_kernels import masked_linear_config as configs
+from csmask_kernels import replay
 from csmask_kernels.launch import INTERPRETER, GemmConfig, Target
 
 BLOCK = 16
@@ -51,13 +52,13 @@ def poison(monkeypatch):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that were launched."""
-    names, run = [], ml.run
+    names, run = [], replay.run
 
     def recording(device, *launches):
         names.extend(launch.kernel.fn.__name__ for launch in launches)
-        run(device, *launches)
+        return run(device, *launches)
 
-    monkeypatch.setattr(ml, "run", recording)
+    monkeypatch.setattr(replay, "run", recording)
     return names
 
 
@@ -351,7 +352,7 @@ def test_a_given_config_is_not_changed():
     config = config_of("split", split_k=7)
     x, weight, logits = torch.zeros(3, 20), torch.zeros(5, 20), torch.zeros(5, 20)
     mask = ml.logits_mask(weight, logits, torch.tensor(1.0), False, 1.0)
-    launches, l0 = ml.plan(x, weight, mask, None, torch.zeros(3, 5), True, INTERPRETER, config)
+    launches, (l0, _) = ml.plan(x, weight, mask, None, torch.zeros(3, 5), True, INTERPRETER, config)
     assert (launches[0].grid, launches[1].constants["SPLIT_K"], l0.shape) == ((1, 7), 7, (1, 7))
 
 

@@ -10,13 +10,14 @@ of the caller is taken; nothing is timed at run time, ``bench/tune.py`` writes t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,43 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-def run(device: torch.device, *launches: Launch) -> None:
-    """Start the launches in order on the device's current stream; a grid without programs is skipped."""
-    launches = tuple(launch for launch in launches if math.prod(launch.grid))
+_collected: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Launch]]:
+    """Launches are gathered in the list that this gives, and not started: what the launchers return is garbage."""
+    global _collected
+    before, _collected = _collected, []
+    try:
+        yield _collected
+    finally:
+        _collected = before
+
+
+def is_collecting() -> bool:
+    """Whether launches are gathered in place of started."""
+    return _collected is not None
+
+
+def run(device: torch.device, *launches: Launch) -> list[Any]:
+    """Start the launches in order on the device's current stream; a grid without programs is skipped.
+
+    Returns:
+        For each launch the compiled kernel; None where it was skipped, gathered, or interpreted.
+    """
+    if _collected is not None:
+        _collected.extend(launches)
+        return [None] * len(launches)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             return run(torch.device("cuda", torch.cuda.current_device()), *launches)
-    for launch in launches:
+    return [
         launch.kernel[launch.grid](**launch.arguments, **launch.constants, **launch.options())
-    return None
+        if math.prod(launch.grid)
+        else None
+        for launch in launches
+    ]
 
 
 def check_supported(**tensors: Tensor | None) -> None:

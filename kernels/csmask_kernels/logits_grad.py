@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, like, run, target_of, tile
+from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, like, target_of, tile
 from .mask import load_temperature, soft_mask_derivative
+from .replay import launch_planned
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=8)
 
@@ -141,6 +142,28 @@ def _plan_units(arguments: dict[str, Any], constants: dict[str, Any], config: El
     return Launch(_logits_grad_unit_kernel, (triton.cdiv(units, block_u),), arguments, constants, 4)
 
 
+def _launch(
+    dmasked_weight: Tensor,
+    weight: Tensor,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    dl0: Tensor | None,
+    scale: float,
+    out: Tensor,
+    add: bool,
+    config: ElementwiseConfig | None,
+) -> None:
+    """See ``plan``."""
+    mask = (dmasked_weight, weight, mask_logits, temperature, dl0)
+    launch_planned(
+        "logits_grad",
+        weight.device,
+        (*mask, out),
+        (scale, add, config),
+        lambda: ([plan(*mask, scale, out, add, target_of(weight), config)], ()),
+    )
+
+
 def logits_grad(
     dmasked_weight: Tensor,
     weight: Tensor,
@@ -153,8 +176,7 @@ def logits_grad(
     """See ``csmask.reference.logits_grad``; the layout is that of ``mask_logits``."""
     check_supported(dmasked_weight=dmasked_weight, weight=weight, mask_logits=mask_logits)
     out = torch.empty_like(mask_logits)
-    target = target_of(weight)
-    run(weight.device, plan(dmasked_weight, weight, mask_logits, temperature, dl0, scale, out, False, target, config))
+    _launch(dmasked_weight, weight, mask_logits, temperature, dl0, scale, out, False, config)
     return out
 
 
@@ -174,4 +196,4 @@ def logits_grad_(
     if tile(dlogits.shape, 1, dlogits) is None:  # a view of more than three strides: the kernel cannot walk it
         dlogits.add_(logits_grad(*arguments, config))
         return
-    run(weight.device, plan(*arguments, dlogits, True, target_of(weight), config))
+    _launch(*arguments, dlogits, True, config)

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, target_of
 from .mask import apply_mask, load_temperature, mask_value
 from .masked_linear_config import candidate_configs, choose_config, fill
 from .masked_linear_persistent import can_persist, plan_persistent, tile_of
+from .replay import launch_planned
 
 __all__ = ["bitmask_linear", "bitmask_linear_dx", "candidate_configs", "masked_linear", "masked_linear_dx"]
 
@@ -190,8 +191,10 @@ def plan(
     count: bool,
     target: Target,
     config: GemmConfig,
-) -> tuple[list[Launch], Tensor | None]:
-    """The launches of ``out[M, N] = x[M, K] (weight * mask)[N, K]^T + bias`` and the l0 partials where ``count``.
+) -> tuple[list[Launch], tuple[Tensor | None, Tensor | None]]:
+    """The launches of ``out[M, N] = x[M, K] (weight * mask)[N, K]^T + bias``, and their scratch.
+
+    That is the l0 partials where ``count``, and the partial sums where K is split.
 
     The persistent form (which does not split K) is taken where the config asks for it and target and tensors have it.
     """
@@ -217,12 +220,12 @@ def plan(
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     if mask.logits is not None and config.persistent and can_persist(target, x, weight, mask.logits):
-        return [plan_persistent(x, weight, mask.logits, out, arguments, constants, target, config)], l0
+        return [plan_persistent(x, weight, mask.logits, out, arguments, constants, target, config)], (l0, None)
     grid = (tiles_m * tiles_n, splits)
     launches = [Launch(_masked_linear_fwd_kernel, grid, arguments, constants, config.num_warps, config.num_stages)]
     if partial is not None:
         launches.append(plan_reduce(partial, bias, out))
-    return launches, l0
+    return launches, (l0, partial)
 
 
 def plan_reduce(partial: Tensor, bias: Tensor | None, out: Tensor) -> Launch:
@@ -246,9 +249,13 @@ def _multiply(
     target = target_of(x)
     bias = None if bias is None else bias.contiguous()  # the kernels know no stride of it
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-    config = config or choose_config(op, target, x, weight, mask)
-    launches, l0 = plan(x, weight, mask, bias, out, count, target, config)
-    run(x.device, *launches)
+    l0, _ = launch_planned(
+        op,
+        x.device,
+        (x, weight, mask.source, mask.temperature, bias, out),
+        (mask.strides, mask.is_bits, mask.hard, mask.scale, count, config, fp32_products(target)),
+        lambda: plan(x, weight, mask, bias, out, count, target, config or choose_config(op, target, x, weight, mask)),
+    )
     return out, None if l0 is None else l0.sum()
 
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, get_config, run, target_of
+from .launch import GemmConfig, Launch, Target, check_supported, fp32_products, get_config, target_of
 from .mask import load_temperature, soft_mask_derivative
+from .replay import launch_planned
 
 DEFAULT_CONFIG = GemmConfig(block_m=64, block_n=64, block_k=32, num_warps=4, num_stages=3)
 # Where no access is wider than an element, each has a pointer of its own: smaller pieces make room for them.
@@ -339,7 +340,11 @@ def _into(
 ) -> None:
     check_supported(dout=dout, x=x, weight=weight, mask_logits=mask_logits)
     target = target_of(weight)
-    run(
+    mask = (weight, mask_logits, temperature, dl0)
+    launch_planned(
+        "masked_linear_dlogits",
         weight.device,
-        plan(dout, x, weight, mask_logits, temperature, dl0, scale, transposed, out, add, target, config),
+        (dout, x, *mask, out),
+        (scale, transposed, add, config, fp32_products(target)),
+        lambda: ([plan(dout, x, *mask, scale, transposed, out, add, target, config)], ()),
     )

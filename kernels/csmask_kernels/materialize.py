@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, Tiling, check_supported, get_config, like, run, target_of, tile
+from .launch import ElementwiseConfig, Launch, Target, Tiling, check_supported, get_config, like, target_of, tile
 from .mask import UNDECIDED_BOUND, apply_mask, load_temperature, mask_value
+from .replay import launch_planned
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=8)
 
@@ -96,6 +97,28 @@ def plan(
     return Launch(_materialize_kernel, grid, arguments, constants, config.num_warps), l0, counted
 
 
+def _launch(
+    weight: Tensor | None,
+    mask_logits: Tensor,
+    temperature: Tensor,
+    hard: bool,
+    scale: float,
+    out: Tensor | None,
+    counts: bool,
+    config: ElementwiseConfig | None,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the mask, 0-d fp32, and int64 ``(kept, undecided)``, empty unless asked for; see ``plan``."""
+
+    def planned() -> tuple[list[Launch], list[Tensor]]:
+        target = target_of(mask_logits)
+        launch, *partials = plan(weight, mask_logits, temperature, hard, scale, out, counts, target, config)
+        return [launch], partials
+
+    tensors, options = (weight, mask_logits, temperature, out), (hard, scale, counts, config)
+    l0, counted = launch_planned("materialize", mask_logits.device, tensors, options, planned)
+    return l0.sum(), counted.sum(1) if counts else counted.new_empty(0, dtype=torch.int64)
+
+
 def materialize(
     weight: Tensor,
     mask_logits: Tensor,
@@ -111,9 +134,7 @@ def materialize(
     out = torch.empty_like(weight, dtype=dtype or weight.dtype)
     check_supported(masked_weight=out)
     logits = mask_logits.expand(weight.shape)
-    launch, l0, counted = plan(weight, logits, temperature, hard, scale, out, counts, target_of(weight), config)
-    run(weight.device, launch)
-    return out, l0.sum(), counted.sum(1) if counts else counted.new_empty(0, dtype=torch.int64)
+    return out, *_launch(weight, logits, temperature, hard, scale, out, counts, config)
 
 
 def mask_sums(
@@ -130,8 +151,5 @@ def mask_sums(
     Without ``counts`` the second result is empty.
     """
     check_supported(mask_logits=mask_logits)
-    target = target_of(mask_logits)
-    launch, l0, counted = plan(None, mask_logits, temperature, hard, scale, None, counts, target, config)
-    run(mask_logits.device, launch)
-    kept_undecided = counted.sum(1) * weights_per_logit if counts else counted.new_empty(0, dtype=torch.int64)
-    return l0.sum() * weights_per_logit, kept_undecided
+    l0, kept_undecided = _launch(None, mask_logits, temperature, hard, scale, None, counts, config)
+    return l0 * weights_per_logit, kept_undecided * weights_per_logit

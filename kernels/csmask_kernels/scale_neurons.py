@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, like, run, target_of
+from .launch import ElementwiseConfig, Launch, Target, check_supported, collapse, get_config, like, target_of
 from .mask import apply_mask, load_temperature, mask_value, soft_mask_derivative
+from .replay import launch_planned
 
 DEFAULT_CONFIG = ElementwiseConfig(block=4096, num_warps=4)
 DEFAULT_GRAD_CONFIG = ElementwiseConfig(block=2048, num_warps=4)
@@ -223,8 +224,8 @@ def plan_grad(
     dlogits: Tensor,
     target: Target,
     config: ElementwiseConfig | None = None,
-) -> list[Launch]:
-    """The launch that writes ``dz``, laid out as ``empty_like(z)``, and for soft masks the one of ``dlogits``."""
+) -> tuple[list[Launch], Tensor]:
+    """The launch that writes ``dz``, laid out as ``empty_like(z)``, for soft masks the one of ``dlogits``; partials."""
     config = config or get_config("scale_neurons_grad", target, z.numel(), DEFAULT_GRAD_CONFIG)
     walk, (dz, dout, z) = _walk_or_copy(dim, config.block, target, dz, dout, z)
     partials = torch.empty((0 if hard else walk.shares, walk.units), dtype=torch.float32, device=z.device)
@@ -246,7 +247,7 @@ def plan_grad(
         }  # fmt: skip
         grid = (triton.cdiv(walk.units, _PARTIALS_BLOCK_U),)
         launches.append(Launch(_scale_neurons_dlogits_kernel, grid, arguments, constants))
-    return launches
+    return launches, partials
 
 
 def scale_neurons(
@@ -262,7 +263,13 @@ def scale_neurons(
     """See ``csmask.reference.scale_neurons``; the layout is that of ``z``."""
     check_supported(z=z, mask_logits=mask_logits, bias=bias)
     out = torch.empty_like(z)
-    run(z.device, plan(z, mask_logits, temperature, bias, hard, scale, dim, out, target_of(z), config))
+    launch_planned(
+        "scale_neurons",
+        z.device,
+        (z, mask_logits, temperature, bias, out),
+        (hard, scale, dim, config),
+        lambda: ([plan(z, mask_logits, temperature, bias, hard, scale, dim, out, target_of(z), config)], ()),
+    )
     return out
 
 
@@ -287,6 +294,12 @@ def scale_neurons_grad(
     check_supported(dout=dout, z=z, mask_logits=mask_logits)
     dz = torch.empty_like(z, dtype=dout.dtype)
     dlogits = torch.zeros_like(mask_logits) if hard else torch.empty_like(mask_logits)
-    mask = (mask_logits, temperature, dl0, hard, scale, dim, weights_per_logit)
-    run(z.device, *plan_grad(dout, z, *mask, dz, dlogits, target_of(z), config))
+    mask, options = (mask_logits, temperature, dl0), (hard, scale, dim, weights_per_logit, config)
+
+    def planned() -> tuple[list[Launch], tuple[Tensor]]:
+        target = target_of(z)
+        launches, partials = plan_grad(dout, z, *mask, hard, scale, dim, weights_per_logit, dz, dlogits, target, config)
+        return launches, (partials,)
+
+    launch_planned("scale_neurons_grad", z.device, (dout, z, *mask, dz, dlogits), options, planned)
     return dz, dlogits
