@@ -5,66 +5,18 @@ Arguments were checked by ``functional``. First derivatives only; for higher one
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import mask_sum, reference
 from ._ops import ops
+from .first_derivative import first_derivative_only
 from .quantised import QuantisedWeight, dense
 
 # Devices whose kernels take a weight in blocks that stay in the cache.
 _IN_BLOCKS = ("cpu",)
-_SECOND = (
-    "masked operations have first derivatives only, and this one would be a second (create_graph=True): "
-    "circuit.set_execution('reference') has all of them, without csmask's kernels"
-)
-
-
-def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``backward`` whose results raise when they are differentiated, with what to do.
-
-    ``torch.autograd.function.once_differentiable`` has them raise only if a gradient that came in has a graph. If none
-    has, they depend on weight and logits all the same, and a term of the second derivative would be missing unseen.
-    """
-
-    @functools.wraps(backward)
-    def run(ctx: Any, *grads: Tensor | None) -> Any:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        found = found if isinstance(found, tuple) else (found,)
-        refuse: Any = torch._C._functions.DelayedError(_SECOND.encode(), len(found))
-        return refuse(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
-
-    return run
-
-
-class MaskSum(torch.autograd.Function):
-    """The l0 sum by itself: one pass over the logits forward, one backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, mask_logits: Tensor, temperature: Tensor, hard: bool, scale: float, weights_per_logit: int
-    ) -> Tensor:
-        ctx.save_for_backward(mask_logits, temperature)
-        ctx.hard, ctx.scale, ctx.weights_per_logit = hard, scale, weights_per_logit
-        l0, _ = ops.mask_sums(mask_logits, temperature, hard, scale, weights_per_logit, False)
-        if hard:
-            ctx.mark_non_differentiable(l0)
-        return l0
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, dl0: Tensor) -> tuple[Tensor | None, ...]:
-        mask_logits, temperature = ctx.saved_tensors
-        zero = mask_logits.new_zeros(()).expand(mask_logits.shape)  # takes no memory
-        per_logit = dl0 * ctx.weights_per_logit
-        return ops.logits_grad(zero, zero, mask_logits, temperature, per_logit, ctx.scale), None, None, None, None
 
 
 class Materialize(torch.autograd.Function):
@@ -194,6 +146,7 @@ class MaskedOp(torch.autograd.Function):
         ctx.hard, ctx.scale, ctx.geometry, ctx.mask_inputs = hard, scale, geometry, (1, 2)
         ctx.dtype, ctx.in_kernel, ctx.kept, ctx.accumulate = x.dtype, in_kernel, kept, accumulate
         ctx.set_materialize_grads(False)
+        mask_sum.expect(ctx)
         mask = (dense(weight), mask_logits, temperature)
         if in_kernel:
             out, l0 = _in_kernel_forward(x, *mask, bias, hard, scale, geometry)
@@ -208,6 +161,7 @@ class MaskedOp(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, mask_logits, temperature = ctx.saved_tensors
+        dl0 = mask_sum.take(ctx, dl0)
         weight = weight if ctx.quantised is None else ctx.quantised.dense()
         mask = (weight, mask_logits, temperature)
         dx = dweight = dlogits = dbias = None
@@ -358,6 +312,7 @@ class NeuronOp(torch.autograd.Function):
         ctx.save_for_backward(x if keeps_x else None, unscaled, _save_weight(ctx, weight), mask_logits, temperature)
         ctx.scale, ctx.geometry = scale, geometry
         ctx.set_materialize_grads(False)
+        mask_sum.expect(ctx)
         logits = mask_logits.flatten()
         out = ops.scale_neurons(unscaled, logits, temperature, bias, False, scale, _unit_dim(geometry, unscaled))
         per_logit = reference.weights_per_logit(weight, mask_logits)  # type: ignore[arg-type] # sizes alone
@@ -370,6 +325,7 @@ class NeuronOp(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dout: Tensor | None, dl0: Tensor | None) -> tuple[Tensor | None, ...]:
         x, unscaled, weight, mask_logits, temperature = ctx.saved_tensors
+        dl0 = mask_sum.take(ctx, dl0)
         weight = weight if ctx.quantised is None else ctx.quantised
         dx = dweight = dbias = None
         unit_dim = _unit_dim(ctx.geometry, unscaled)

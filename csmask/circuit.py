@@ -21,6 +21,7 @@ from .config import L0_REDUCTIONS, CircuitConfig
 from .density import START, DensityControl
 from .functional import check_temperature, check_weight_dtype
 from .l0_rider import L0Rider
+from .l0_total import total_l0
 from .layers import MaskedLayer, check_execution
 from .leaf_group import whole_groups
 from .loss import add_to_loss, gives_labels, share_of_step
@@ -121,7 +122,7 @@ class CircuitModel(nn.Module):
         if layers:
             kwargs = self._without_cache(kwargs)
         add_l0 = self.training and self.circuit_config.add_l0
-        self._record_l0(add_l0)
+        self._record_l0(self.training)
         try:
             with checkpoint_frozen_layers(layers) if layers else contextlib.nullcontext():
                 output = self._run_base(*args, **kwargs)
@@ -136,6 +137,8 @@ class CircuitModel(nn.Module):
         for layer in self.masked_layers.values():
             record = layer.l0_record
             record.wanted, record.value, record.bias_value, record.shard_of = flag, None, None, None
+            if flag or not self.training:
+                record.late = None
             record.gathered = shards.is_sharded(layer._parameters["mask_logits"])
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
@@ -383,15 +386,7 @@ class CircuitModel(nn.Module):
         reduction = self.circuit_config.l0_reduction if reduction is None else reduction
         layers = [layer for layer in self.masked_layers.values() if layer.use_masks]
         device = self._first_layer.mask_logits.device
-        waiting = [] if shards.in_several_processes() else [layer for layer in layers if layer.waits]
-        groups = whole_groups([layer.leaf for layer in waiting if layer.leaf is not None])
-        parts = [shards.Part(group.l0()) for group in groups]
-        for layer in layers:
-            if layer.leaf is None or layer.leaf.group not in groups:
-                parts += layer.l0_parts()
-            elif layer.bias_mask_logits is not None:
-                parts.append(layer.bias_l0_part())
-        total = shards.total(parts, device)
+        total = total_l0(layers, device)
         if reduction == "mean":
             total = total / max(1, sum(layer.maskable for layer in self.masked_layers.values()))
         return total

@@ -25,6 +25,7 @@ from torch import Tensor
 from . import autograd, reference
 from ._ops import ops
 from .lean import LeanLeaf
+from .mask_sum import MaskSum
 from .masked_weight import MaskedWeight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -142,7 +143,7 @@ def l0(
 ) -> Tensor:
     """The sum of the mask, counted in weights; see ``reference.l0``."""
     temperature = _temperature_tensor(temperature, mask_logits)
-    return autograd.MaskSum.apply(mask_logits, temperature, hard, scale, weights_per_logit)
+    return MaskSum.apply(mask_logits, temperature, hard, scale, weights_per_logit)
 
 
 def mask_sums(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference, shards
+from .mask_sum import LateSum, LateUse
 from .shards import Part, over_shards
 
 
@@ -15,6 +16,8 @@ class L0Record:
     """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow.
 
     Attributes:
+        wanted: whether a forward of the circuit is on its way.
+        late: of that forward or, after it, of the last one.
         gathered: whether the weight is whole only for the time of a use: then the masked weight is not kept, either.
     """
 
@@ -23,7 +26,11 @@ class L0Record:
         self.value: Tensor | None = None
         self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
         self.shard_of: Tensor | None = None  # that the value is of
+        self.late: LateSum | None = None
         self.gathered = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return L0Record, ()  # what a forward left is of no use to a copy of the layer
 
 
 class LayerMasks(nn.Module):
@@ -125,6 +132,19 @@ class LayerMasks(nn.Module):
         # Added up as forward adds them up, to the bit.
         whole = weights.of is None and biases.of is None
         return [Part(weights.value + biases.value)] if whole else [weights, biases]
+
+    def late_use(self) -> LateUse | None:
+        """The l0 of the weights that the last forward left, for a loss that is put together after it."""
+        late, logits = self.l0_record.late, self.mask_logits
+        if (
+            late is None
+            or self.l0_record.value is not None
+            or self.is_hard(logits)
+            or late.node(logits, self.temperature) is None
+        ):
+            return None
+        per_logit = reference.weights_per_logit(self.base_weight(), logits)
+        return LateUse(late, logits, self.temperature, self.mask_scale, per_logit)
 
     def bias_l0_part(self) -> Part:
         """The bias's part of ``l0()``, which the last forward may have left by itself."""

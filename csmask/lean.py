@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ._ops import ops
-from .autograd import _dense_backward, _dense_forward, first_derivative_only
+from .autograd import _dense_backward, _dense_forward
+from .first_derivative import first_derivative_only
 from .masked_leaf import LEAN_ELSE, REPLACED, SECOND, MaskedLeaf, grad_so_far, is_asked_for, wide
 from .quantised import dense, empty_like
 

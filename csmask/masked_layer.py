@@ -15,6 +15,7 @@ from .autograd import KeptMaskedWeight
 from .config import EXECUTIONS
 from .layer_masks import L0Record
 from .lean import LeanLeaf
+from .mask_sum import LateSum
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 from .quantised import dense
@@ -203,6 +204,8 @@ class MaskedLayer(AblatedWeights):
         record = self.l0_record
         if record.wanted and record.value is None and l0 is not None:
             record.value = l0 if bias_l0 is None else l0 + bias_l0
+            if l0.requires_grad and not torch.compiler.is_compiling():
+                record.late = LateSum(l0, self.mask_logits, self.temperature)
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from torch.autograd import Function
 
 from . import shards
 from ._ops import ops
-from .autograd import _dense_backward, _dense_forward, first_derivative_only
+from .autograd import _dense_backward, _dense_forward
+from .first_derivative import first_derivative_only
 
 
 @dataclasses.dataclass(frozen=True)

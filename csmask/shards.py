@@ -74,15 +74,17 @@ def over_shards(tensor: Tensor, count: Callable[[Tensor], Tensor]) -> Tensor:
 
 def total(parts: Iterable[Part], device: torch.device | None = None) -> Tensor:
     """The sum of parts, those of shards over all processes: one exchange for all tensors that are sharded alike."""
-    sums: dict[Any, tuple[Tensor, Any]] = {}
+    values: dict[Any, list[Tensor]] = {}
+    shard_of: dict[Any, Any] = {}
     for value, of in parts:
         key = None if of is None else (id(of.device_mesh), of.placements)
-        value = value if device is None else value.to(device)
-        # No zero to begin with: of one part there is nothing to add up.
-        sums[key] = (sums[key][0] + value if key in sums else value, of)
+        values.setdefault(key, []).append(value if device is None else value.to(device))
+        shard_of[key] = of
     result: Tensor | None = None
-    for value, of in sums.values():
-        found = value if of is None else _SumOverShards.apply(value, of.device_mesh, of.placements)
+    for key, of in shard_of.items():
+        # Two launches for any number of parts, and of one part none: counts are tensors of one dimension.
+        found = values[key][0] if len(values[key]) == 1 else torch.stack(values[key]).sum(0)
+        found = found if of is None else _SumOverShards.apply(found, of.device_mesh, of.placements)
         result = found if result is None else result + found
     return torch.zeros((), device=device) if result is None else result
 

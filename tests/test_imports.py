@@ -19,19 +19,20 @@ KERNELS = ROOT / "kernels"
 
 # From the bottom up: a module imports only modules of lower levels.
 LEVELS = [
-    {"config", "forward_hooks", "l0_rider", "philox", "products", "quantised", "reference"},
+    {"config", "first_derivative", "forward_hooks", "l0_rider", "philox", "products", "quantised", "reference"},
     {"shards", "signature", "state_codes"},
     {"_plain", "_plain_step"},
     {"_cpp"},
     {"_cpp_linear", "_cpp_step", "_cpp_units", "transients"},
     {"_ops"},
+    {"mask_sum"},
     # ablation lies below layers, whose forward uses it
     {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
     {"leaf_group", "lean", "sharded_op"},
     {"functional", "layer_masks", "leaf_linear"},
     {"ablated_weights"},
     {"masked_layer", "quantised_base"},
-    {"layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
+    {"l0_total", "layers", "mask_optimizer", "schedule", "testing", "recompute", "loss"},
     {"surgery"},
     {"checkpoint"},
     {"state"},

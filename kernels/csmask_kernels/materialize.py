@@ -69,8 +69,8 @@ def plan(
     counts: bool,
     target: Target,
     config: ElementwiseConfig | None = None,
-) -> tuple[Launch, Tensor, Tensor]:
-    """The launch, the l0 partials ``(programs,)`` fp32 and the counts' partials ``(2, programs)`` int32.
+) -> tuple[Launch, Tensor, Tensor | None]:
+    """The launch, the l0 partials ``(programs,)`` fp32 and, where ``counts``, those of counts ``(2, programs)`` int32.
 
     ``mask_logits`` has been expanded to the weight's shape, and ``out`` is dense; without a weight, the logits are
     walked alone.
@@ -83,10 +83,11 @@ def plan(
         tiling = _tile(config, out, weight, mask_logits)
         assert tiling is not None, "out is dense"
     l0 = torch.empty(tiling.programs, dtype=torch.float32, device=mask_logits.device)
-    counted = torch.empty((2, tiling.programs if counts else 0), dtype=torch.int32, device=mask_logits.device)
+    counted = torch.empty((2, tiling.programs), dtype=torch.int32, device=mask_logits.device) if counts else None
     arguments: dict[str, Any] = {
         "w_ptr": weight, "s_ptr": mask_logits, "out_ptr": out, "t_ptr": temperature, "l0_ptr": l0,
-        "kept_ptr": counted[0] if counts else None, "undecided_ptr": counted[1] if counts else None, "scale": scale,
+        "kept_ptr": None if counted is None else counted[0], "undecided_ptr": None if counted is None else counted[1],
+        "scale": scale,
         **tiling.arguments("out", "w", "s"),
     }  # fmt: skip
     constants = {
@@ -109,14 +110,14 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """The sum of the mask, 0-d fp32, and int64 ``(kept, undecided)``, empty unless asked for; see ``plan``."""
 
-    def planned() -> tuple[list[Launch], list[Tensor]]:
+    def planned() -> tuple[list[Launch], list[Tensor | None]]:
         target = target_of(mask_logits)
         launch, *partials = plan(weight, mask_logits, temperature, hard, scale, out, counts, target, config)
         return [launch], partials
 
     tensors, options = (weight, mask_logits, temperature, out), (hard, scale, counts, config)
     l0, counted = launch_planned("materialize", mask_logits.device, tensors, options, planned)
-    return l0.sum(), counted.sum(1) if counts else counted.new_empty(0, dtype=torch.int64)
+    return l0.sum(), l0.new_empty(0, dtype=torch.int64) if counted is None else counted.sum(1)
 
 
 def materialize(
@@ -133,7 +134,7 @@ def materialize(
     check_supported(weight=weight, mask_logits=mask_logits)
     out = torch.empty_like(weight, dtype=dtype or weight.dtype)
     check_supported(masked_weight=out)
-    logits = mask_logits.expand(weight.shape)
+    logits = mask_logits if mask_logits.shape == weight.shape else mask_logits.expand(weight.shape)
     return out, *_launch(weight, logits, temperature, hard, scale, out, counts, config)
 
 
