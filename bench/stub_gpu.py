@@ -56,6 +56,14 @@ def stub_gpu(target: Target, keep: bool = False) -> Iterator[StubDriver]:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     driver, config = StubDriver(target, keep), triton.runtime.driver
     before = config._active
+
+    # Functions, for a mock takes longer than what is timed.
+    def always(_tensor: Any) -> Target:
+        return target
+
+    def never(*_: Any) -> None:
+        return None
+
     for name in _ops.SCHEMAS:
         if _ops.SCHEMAS[name][1] is not None:
             _ops.triton_kernel(name)  # imported, so that the look-up of its target is replaced
@@ -65,10 +73,10 @@ def stub_gpu(target: Target, keep: bool = False) -> Iterator[StubDriver]:
         warnings.simplefilter("ignore", UserWarning)  # that kernels are overridden is the point
         stack.callback(library._destroy)
         for module in modules:
-            stack.enter_context(mock.patch.object(module, "target_of", return_value=target))
+            stack.enter_context(mock.patch.object(module, "target_of", always))
         # What is different on a CPU.
         stack.enter_context(mock.patch.object(autograd, "_IN_BLOCKS", ()))
-        stack.enter_context(mock.patch.object(masked_weight.MaskedWeight, "_reuse", return_value=None))
+        stack.enter_context(mock.patch.object(masked_weight.MaskedWeight, "_reuse", never))
         for name in _ops.SCHEMAS:
             has_kernel = _ops.SCHEMAS[name][1] is not None
             compute = _ops._run_triton(name) if has_kernel else _ops._without_grad(_ops._PLAIN_OPS[name])

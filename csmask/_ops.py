@@ -7,6 +7,7 @@ they are built; all else runs plain torch (``_plain``). Autograd lives above, in
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -171,8 +172,10 @@ def launch_configs() -> str:
 
 
 def _run_triton(name: str) -> Callable[..., Any]:
+    find = functools.cache(triton_kernel)  # which keeps no failure
+
     def launch(*args: Any, **kwargs: Any) -> Any:
-        return triton_kernel(name)(*args, **kwargs)
+        return find(name)(*args, **kwargs)
 
     return launch
 

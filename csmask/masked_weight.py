@@ -121,7 +121,10 @@ class MaskedWeight:
         kept = None
         self._retire()  # before the new one is made: never two at a time
         # It outlives this call: made under inference_mode, it could not be used in a later one with gradients.
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                value = make()
+        else:  # within a function of autograd; entering the modes takes the host as long as making a launch
             value = make()
         # The aliases hold the memory, so that no other tensor can come to lie at an address of the key.
         self._kept = (key, tuple(t.detach() for t in tensors), value)
