@@ -368,6 +368,8 @@ class CircuitModel(nn.Module):
     def l0(self, reduction: str | None = None) -> Tensor:
         """The sum of the masks now in use, differentiable while they are soft: for a loss of one's own.
 
+        After a forward and before its backward it is the forward's own, at no pass over the logits.
+
         Args:
             reduction: ``"sum"`` counts weights, ``"mean"`` divides by the number of maskable weights; by default the
                 config's ``l0_reduction``.
