@@ -52,6 +52,8 @@ AMD_ACCESS = r"^\s*(?:global|buffer|flat)_(?:load|store|atomic)\w*"
 WIDE = r"\.128|\.256|x4$|_b128"
 MATRIX = r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b|^\s*v_s?mfma\w*"
 BULK = r"\bU(?:TMA|BLK)(?:LDG|STG|REDG|CP|RED)\w*"
+# An operation on a pointer or a descriptor, or what a loop carries along.
+IR_POINTER = r"^\s*(?:(%\w+) = )?tt\.(\w+) (?:\w+, )?(%\w+)|\biter_args\(([^)]*)\)"
 INSTRUCTION = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S|^\s+[vs]_\w+|^\s+(?:global|buffer|flat|ds)_\w+"
 
 
@@ -106,17 +108,29 @@ def targets() -> dict[str, Target]:
 
 
 def accesses_of(launch: Launch, ir: str) -> list[torch.Tensor]:
-    """The launch's tensors, each as often as the kernel's IR accesses it in different ways: reads it, writes it."""
+    """The launch's tensors, each as often as the kernel's IR accesses it in different ways: reads it, writes it.
+
+    A pointer that a loop carries along is the one that it began as; a bulk copy that adds reads and writes.
+    """
     roots: dict[str, str] = {}
     found: set[tuple[str, str]] = set()
-    for result, op, operand in re.findall(r"^\s*(?:(%\w+) = )?tt\.(\w+) (%\w+)", ir, re.MULTILINE):
+    for result, op, operand, carried in re.findall(IR_POINTER, ir, re.MULTILINE):
+        for name, start in re.findall(r"(%\w+) = (%\w+)", carried):
+            roots[name] = roots.get(start, start)
         root = roots.get(operand, operand)
-        if op in ("load", "store") or op.startswith(("atomic", "descriptor")):
+        if op == "descriptor_reduce":
+            found |= {(root.removeprefix("%"), way) for way in ("descriptor_load", op)}
+        elif op in ("load", "store") or op.startswith(("atomic", "descriptor")):
             found.add((root.removeprefix("%"), op))
         elif result:
             roots[result] = root
     tensors = _tensors(launch)
     return [tensors[name] for name, _ in sorted(found) if name in tensors]
+
+
+def bytes_of(launch: Launch, ir: str) -> int:
+    """Bytes that the kernel has to move: every entry of a tensor that it reads or writes, once for each of the two."""
+    return sum(_entries(t) * t.element_size() for t in itertools.chain(accesses_of(launch, ir), *launch.behind))
 
 
 def _tensors(launch: Launch) -> dict[str, torch.Tensor]:
@@ -159,8 +173,7 @@ def measure(target: str, case: str, launch: Launch, compiled: Compiled, limit: i
     rows = launch.behind or (tensors,)
     elements = sum(max(map(_entries, found)) for found in rows)
     threads = launch.num_warps * (32 if backend == "cuda" else 64) * prod(launch.grid)
-    moved = itertools.chain(tensors, *launch.behind)
-    row.bytes_per_element = sum(_entries(t) * t.element_size() for t in moved) / elements
+    row.bytes_per_element = bytes_of(launch, compiled.ir) / elements
     row.instructions_per_element = compiled.count(INSTRUCTION) * threads / elements
     # Not those of a byte per entry: beside 16-bit tensors a thread's share of them is 8 bytes.
     rows = [[t for t in found if t.element_size() > 1] for found in rows]
