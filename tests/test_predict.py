@@ -207,9 +207,12 @@ def test_bytes_follow_pointers_that_a_loop_carries():
 @pytest.mark.parametrize(
     ("family", "registers", "shared", "warps", "programs"),
     [
-        ("sm_90", 32, 0, 8, 8),  # 64 warps
+        ("sm_90", 32, 0, 8, 8),  # 64 warps by registers
+        ("sm_90", 16, 0, 8, 8),  # 64 warps, though registers would do for 128
         ("sm_90", 32, 0, 1, 32),  # no more programs than 32
         ("sm_90", 40, 0, 4, 12),  # 1280 registers of a warp: 12 of each scheduler's 16384
+        ("sm_90", 33, 0, 4, 12),  # 1056, of which 256 are given at once: 1280
+        ("sm_90", 192, 0, 2, 4),  # 6144: 2 for each, though 65536 would do for 10
         ("sm_90", 128, 0, 4, 4),  # 4096: 4 for each
         ("sm_90", 129, 0, 4, 3),  # 4352: 3 for each
         ("sm_90", 255, 0, 8, 1),  # 8192: 2 for each
