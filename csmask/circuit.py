@@ -122,24 +122,21 @@ class CircuitModel(nn.Module):
         if layers:
             kwargs = self._without_cache(kwargs)
         add_l0 = self.training and self.circuit_config.add_l0
-        self._record_l0(self.training)
+        self._record_l0(add_l0)
         try:
             with checkpoint_frozen_layers(layers) if layers else contextlib.nullcontext():
                 output = self._run_base(*args, **kwargs)
             if add_l0:
                 output = self._add_l0(output, args, kwargs)
         finally:
-            self._record_l0(False)
+            for layer in self.masked_layers.values():
+                layer.l0_record.end()
         return output
 
-    def _record_l0(self, flag: bool) -> None:
+    def _record_l0(self, wanted: bool) -> None:
         """Tell the layers whether to leave the sum of their mask, which forward's kernels make anyway, for the loss."""
         for layer in self.masked_layers.values():
-            record = layer.l0_record
-            record.wanted, record.value, record.bias_value, record.shard_of = flag, None, None, None
-            if flag or not self.training:
-                record.late = None
-            record.gathered = shards.is_sharded(layer._parameters["mask_logits"])
+            layer.l0_record.begin(wanted, self.training, shards.is_sharded(layer._parameters["mask_logits"]))
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._bypass_checked:  # a graph is to know nothing of the second
@@ -368,7 +365,8 @@ class CircuitModel(nn.Module):
     def l0(self, reduction: str | None = None) -> Tensor:
         """The sum of the masks now in use, differentiable while they are soft: for a loss of one's own.
 
-        After a forward and before its backward it is the forward's own, at no pass over the logits.
+        After a forward and before its backward it is the forward's own, at no pass over the logits; what is written to
+        their ``data`` in between cannot be seen.
 
         Args:
             reduction: ``"sum"`` counts weights, ``"mean"`` divides by the number of maskable weights; by default the

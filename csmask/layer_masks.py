@@ -16,18 +16,28 @@ class L0Record:
     """Where forward leaves the sum of its mask for the loss, if it is wanted; setting a module's attribute is slow.
 
     Attributes:
-        wanted: whether a forward of the circuit is on its way.
-        late: of that forward or, after it, of the last one.
+        wanted: whether a forward of the circuit is on its way that adds l0 to its loss itself.
+        leaves_late: whether one is on its way after which ``late`` may be asked for.
         gathered: whether the weight is whole only for the time of a use: then the masked weight is not kept, either.
     """
 
     def __init__(self) -> None:
-        self.wanted = False
+        self.wanted = self.leaves_late = False
         self.value: Tensor | None = None
         self.bias_value: Tensor | None = None  # where that of the weights waits elsewhere, or is of a shard
         self.shard_of: Tensor | None = None  # that the value is of
         self.late: LateSum | None = None
         self.gathered = False
+
+    def begin(self, wanted: bool, leaves_late: bool, gathered: bool) -> None:
+        """A forward of the circuit begins."""
+        self.end()
+        self.wanted, self.leaves_late, self.late, self.gathered = wanted, leaves_late, None, gathered
+
+    def end(self) -> None:
+        """It is over: what was left for its own loss has been taken, or is not needed."""
+        self.wanted = self.leaves_late = False
+        self.value = self.bias_value = self.shard_of = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return L0Record, ()  # what a forward left is of no use to a copy of the layer
@@ -135,13 +145,9 @@ class LayerMasks(nn.Module):
 
     def late_use(self) -> LateUse | None:
         """The l0 of the weights that the last forward left, for a loss that is put together after it."""
-        late, logits = self.l0_record.late, self.mask_logits
-        if (
-            late is None
-            or self.l0_record.value is not None
-            or self.is_hard(logits)
-            or late.node(logits, self.temperature) is None
-        ):
+        record, logits = self.l0_record, self.mask_logits
+        late = record.late
+        if late is None or record.value is not None or self.is_hard(logits) or not late.is_of(logits, self.temperature):
             return None
         per_logit = reference.weights_per_logit(self.base_weight(), logits)
         return LateUse(late, logits, self.temperature, self.mask_scale, per_logit)

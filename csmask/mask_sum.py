@@ -8,12 +8,14 @@ make the logits' gradients themselves where they do not. None of it holds a laye
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import masked_weight
 from ._ops import ops
 from .first_derivative import first_derivative_only
 
@@ -36,57 +38,78 @@ class MaskSum(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, dl0: Tensor) -> tuple[Tensor | None, ...]:
         mask_logits, temperature = ctx.saved_tensors
-        zero = mask_logits.new_zeros(()).expand(mask_logits.shape)  # takes no memory
-        per_logit = dl0 * ctx.weights_per_logit
-        return ops.logits_grad(zero, zero, mask_logits, temperature, per_logit, ctx.scale), None, None, None, None
+        dlogits = _sum_grad(mask_logits, temperature, dl0, ctx.scale, ctx.weights_per_logit)
+        return dlogits, None, None, None, None
 
 
 def _sum_grad(mask_logits: Tensor, temperature: Tensor, dl0: Tensor, scale: float, weights_per_logit: int) -> Tensor:
     zero = mask_logits.new_zeros(()).expand(mask_logits.shape)  # takes no memory
-    return ops.logits_grad(zero, zero, mask_logits, temperature, dl0 * weights_per_logit, scale)
+    # Two tensors of it: a launch is kept for tensors that are told apart.
+    return ops.logits_grad(zero, zero.detach(), mask_logits, temperature, dl0 * weights_per_logit, scale)
 
 
 class LateSum:
     """What a layer's forward leaves for a loss that is put together later.
 
     Args:
-        l0: the sum, an output of a node whose backward calls ``take``.
-        mask_logits, temperature: of the layer.
+        l0: the sum, an output of a node that ``expect`` has prepared and whose backward calls ``take``.
+        mask_logits, temperature: what it is the sum of.
     """
 
-    __slots__ = ("_node", "_of", "value")
+    __slots__ = ("_node", "_of", "_seen", "is_spent", "value")
 
     def __init__(self, l0: Tensor, mask_logits: Tensor, temperature: Tensor) -> None:
-        assert l0.grad_fn is not None
-        self.value = l0.detach()
-        self._node = weakref.ref(l0.grad_fn)
-        self._of = _state(mask_logits), _state(temperature)
+        self.value, node = l0.detach(), l0.grad_fn
+        assert hasattr(node, "late_dl0s"), node
+        self._node = weakref.ref(node)
+        # Themselves, not what lies at their address: the node's gradient goes to this tensor and to no alias of it.
+        self._of = weakref.ref(mask_logits), weakref.ref(temperature)
+        self._seen = _seen(mask_logits, temperature)
+        self.is_spent = False
 
-    def node(self, mask_logits: Tensor, temperature: Tensor) -> Any:
-        """The layer's node; None where it has run, or is gone, or the sum is of other masks than there are now."""
-        node: Any = self._node()
-        is_to_run = node is not None and node.ran_in is None
-        return node if is_to_run and self._of == (_state(mask_logits), _state(temperature)) else None
+    @property
+    def node(self) -> Any:
+        """The node; None where its graph is gone."""
+        return self._node()
+
+    def is_of(self, mask_logits: Tensor, temperature: Tensor) -> bool:
+        """Whether the sum is of these masks as they are now, and the node is there and has not run."""
+        node = self.node
+        if node is None or node.ran_in or self.is_spent:
+            return False
+        is_same = self._of[0]() is mask_logits and self._of[1]() is temperature
+        return is_same and self._seen == _seen(mask_logits, temperature)
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), tensor._version
+def _seen(mask_logits: Tensor, temperature: Tensor) -> tuple[Any, ...]:
+    """What there is to see of a change of the masks, and on a GPU where work is queued.
+
+    Only edges of the graph have streams wait for each other, and a CUDA graph would have a sum of before its capture.
+    """
+    queue = None
+    if mask_logits.is_cuda:
+        queue = torch.cuda.current_stream(mask_logits.device), torch.cuda.is_current_stream_capturing()
+    addresses = mask_logits.data_ptr(), temperature.data_ptr()
+    return *addresses, mask_logits._version, temperature._version, masked_weight.optimizer_steps(), queue
 
 
 def expect(ctx: Any) -> None:
     """Of the forward of a function whose backward calls ``take``."""
-    ctx.ran_in = ctx.late_dl0 = None
+    # By graph task: several may run through one graph, one within another or in threads.
+    ctx.late_dl0s = {}
+    ctx.ran_in = set()
 
 
 def take(ctx: Any, dl0: Tensor | None) -> Tensor | None:
     """The gradient of a node's sum: ``dl0``, of its own output, and what ``late_sums`` left in this backward."""
     if torch.compiler.is_compiling():  # nothing is late in a graph
         return dl0
-    late, ctx.late_dl0 = ctx.late_dl0, None
-    ctx.ran_in = torch._C._current_graph_task_id()
-    if late is None or late[0] != ctx.ran_in:
-        return dl0
-    return late[1] if dl0 is None else dl0 + late[1]
+    task = torch._C._current_graph_task_id()
+    ctx.ran_in.add(task)
+    late = ctx.late_dl0s.pop(task, None)
+    if late is None or dl0 is None:
+        return dl0 if late is None else late
+    return dl0 + late
 
 
 class LateUse(NamedTuple):
@@ -100,7 +123,7 @@ class LateUse(NamedTuple):
 
 
 def late_sums(uses: list[LateUse]) -> list[Tensor]:
-    """The sums, 0-d and differentiable, of layers whose ``LateSum`` still has a node; one node for all of them."""
+    """The sums, 0-d and differentiable, of layers whose ``LateSum`` is of their masks; one node for all of them."""
     return list(_LateSums.apply(uses, *(use.mask_logits for use in uses))) if uses else []
 
 
@@ -110,23 +133,39 @@ class _LateSums(torch.autograd.Function):
         ctx.uses = uses
         ctx.save_for_backward(*logits, *(use.temperature for use in uses))
         ctx.set_materialize_grads(False)
-        return tuple(use.late.value.detach() for use in uses)
+        # Of several the caller makes one; one by itself may be written to by whoever gets it.
+        return tuple(use.late.value.detach() if len(uses) > 1 else use.late.value.clone() for use in uses)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *dl0s: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, count, task = ctx.saved_tensors, len(dl0s), torch._C._current_graph_task_id()
+        saved, count = ctx.saved_tensors, len(dl0s)
+        compiled, task = _is_compiled(), torch._C._current_graph_task_id()
         found: list[Tensor | None] = []
         for use, logits, temperature, dl0 in zip(ctx.uses, saved[:count], saved[count:], dl0s, strict=True):
-            node: Any = use.late._node()
-            # Made before this one, the node runs after it, unless its gradient came by another device and sooner.
-            runs = node is not None and node.ran_in != task and torch._C._will_engine_execute_node(node)
-            if dl0 is None or runs:
-                found.append(None)
-            else:
-                found.append(_sum_grad(logits, temperature, dl0, use.scale, use.weights_per_logit))
-            if dl0 is not None and runs:
-                earlier = node.late_dl0
-                is_same = earlier is not None and earlier[0] == task
-                node.late_dl0 = task, earlier[1] + dl0 if is_same else dl0
+            use.late.is_spent = True  # the logits are about to be trained, though their node may never run
+            dlogits = None
+            if dl0 is not None and (compiled or not _leave(use.late.node, task, dl0)):
+                dlogits = _sum_grad(logits, temperature, dl0, use.scale, use.weights_per_logit)
+            found.append(dlogits)
         return None, *found
+
+
+def _leave(node: Any, task: int, dl0: Tensor) -> bool:
+    """Leave the gradient to a layer's node, if that is still to run in this backward.
+
+    Made before this one, it runs later, unless its own gradient came sooner by another thread or device.
+    """
+    if node is None or task in node.ran_in or not torch._C._will_engine_execute_node(node):
+        return False
+    earlier = node.late_dl0s.get(task)
+    node.late_dl0s[task] = dl0 if earlier is None else earlier + dl0
+    return True
+
+
+def _is_compiled() -> bool:
+    """Whether the backward is being compiled (compiled autograd), where nodes are traced and not run."""
+    if torch.compiler.is_compiling():
+        return True
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and (module.compiled_autograd_enabled or module.in_compiled_autograd_region)

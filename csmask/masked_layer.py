@@ -204,8 +204,8 @@ class MaskedLayer(AblatedWeights):
         record = self.l0_record
         if record.wanted and record.value is None and l0 is not None:
             record.value = l0 if bias_l0 is None else l0 + bias_l0
-            if l0.requires_grad and not torch.compiler.is_compiling():
-                record.late = LateSum(l0, self.mask_logits, self.temperature)
+        if record.leaves_late and record.late is None and l0 is not None and l0.requires_grad:
+            record.late = None if torch.compiler.is_compiling() else LateSum(l0, self.mask_logits, self.temperature)
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_note_step)
 
 
+def optimizer_steps() -> int:
+    """How often any optimizer of the process has stepped."""
+    return _optimizer_steps
+
+
 class MaskedWeight:
     """Keeps ``(W * m, l0)`` of one layer until an argument changes.
 

@@ -25,9 +25,10 @@ LEVELS = [
     {"_cpp"},
     {"_cpp_linear", "_cpp_step", "_cpp_units", "transients"},
     {"_ops"},
+    {"masked_weight"},
     {"mask_sum"},
     # ablation lies below layers, whose forward uses it
-    {"ablation", "autograd", "cost", "density", "masked_leaf", "masked_weight"},
+    {"ablation", "autograd", "cost", "density", "masked_leaf"},
     {"leaf_group", "lean", "sharded_op"},
     {"functional", "layer_masks", "leaf_linear"},
     {"ablated_weights"},

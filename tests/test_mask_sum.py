@@ -6,15 +6,19 @@ import contextlib
 import copy
 import gc
 import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from csmask import CircuitConfig, CircuitModel, testing
+from csmask import CircuitConfig, CircuitModel, mask_sum, testing
 
 EXECUTIONS = ["per_forward", "in_kernel"]
 LAMBDA = 0.03
@@ -278,6 +282,95 @@ def without_gradients(circuit, x):
     (LAMBDA * circuit.l0()).backward()
 
 
+@listed
+def with_other_parameters_for_the_forward(circuit, x):
+    others = {name: p.detach().clone().requires_grad_() for name, p in circuit.named_parameters()}
+    out = torch.func.functional_call(circuit, others, (x,))
+    (out.square().sum() + LAMBDA * circuit.l0()).backward()
+    return [p.grad for name, p in others.items() if name.endswith("mask_logits")]
+
+
+@listed
+def with_aliases_for_the_forward(circuit, x):
+    others = {name: p.detach().requires_grad_() for name, p in circuit.named_parameters()}
+    out = torch.func.functional_call(circuit, others, (x,))
+    (out.square().sum() + LAMBDA * circuit.l0()).backward()
+    return [p.grad for name, p in others.items() if name.endswith("mask_logits")]
+
+
+@listed
+def with_another_parameter_of_the_same_memory(circuit, x):
+    out = circuit(x)
+    layer = circuit.get_submodule("first")
+    layer.mask_logits = nn.Parameter(layer.mask_logits.detach())
+    (out.square().sum() + LAMBDA * circuit.l0()).backward()
+
+
+@listed
+def with_a_forward_of_a_thread_and_l0_before_the_loss(circuit, x):
+    """Nodes of another thread are numbered by themselves: the layers' run before those of the l0."""
+    found = []
+
+    def forward():
+        y = torch.ones(1, requires_grad=True)
+        for _ in range(300):
+            y = y * 1
+        found.append(circuit(x))
+
+    thread = threading.Thread(target=forward)
+    thread.start()
+    thread.join()
+    l0 = LAMBDA * circuit.l0()
+    (found[0].square().sum() + l0).backward()
+
+
+@listed
+def with_a_backward_within_the_backward(circuit, x):
+    """Through the same graph, after the l0's node has run and before the layers'."""
+    out = circuit(x)
+    loss = out.square().sum()
+    leaf, inner, outer = circuit.mask_parameters()[0], [], [True]
+
+    def backward_again(_):
+        if outer:
+            outer.clear()  # the inner one comes by here, too
+            inner.extend(torch.autograd.grad(loss, leaf, retain_graph=True))
+
+    out.register_hook(backward_again)
+    (loss + LAMBDA * circuit.l0()).backward(retain_graph=True)
+    return inner
+
+
+@listed
+def with_a_loss_of_a_part_and_a_step_by_hand(circuit, x):
+    """The last layer's node never runs, and its logits are trained all the same."""
+    hidden = []
+    circuit.get_submodule("first").register_forward_hook(lambda _m, _x, out: hidden.append(out))
+    found = []
+    for _ in range(3):
+        out = circuit(x)
+        (hidden.pop().square().sum() + LAMBDA * circuit.l0()).backward()
+        for p in circuit.mask_parameters():
+            p.data -= 5 * p.grad
+            p.grad = None
+        found.append(circuit.l0().detach())
+    return found, out.detach()
+
+
+@listed
+def with_an_optimizer_that_writes_unseen(circuit, x):
+    class Unseen(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in circuit.mask_parameters():
+                p.data -= 0.3
+
+    optimizer, loss = Unseen(circuit.mask_parameters(), lr=0.1), circuit(x).square().sum()
+    optimizer.step()
+    l0 = circuit.l0()
+    l0.backward()
+    return loss.detach(), l0.detach()
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_gradients_are_those_of_the_reference(use, execution):
@@ -327,7 +420,7 @@ def test_no_graph_is_held(execution, keeps_l0):
     circuit.get_submodule("first").register_forward_hook(lambda _m, _x, out: hidden.append(weakref.ref(out)))
     loss = circuit(x).square().sum()
     l0 = circuit.l0() if keeps_l0 else None
-    node = weakref.ref(circuit.get_submodule("second").l0_record.late._node())
+    node = weakref.ref(circuit.get_submodule("second").l0_record.late.node)
     assert node() is not None
     del loss
     assert node() is None
@@ -373,3 +466,78 @@ def test_what_an_interrupted_backward_left_is_dropped():
     other, _ = build("reference")
     other(x).square().sum().backward()
     torch.testing.assert_close(gradients(circuit), gradients(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("names", [["first"], ["first", "second"]], ids=len)
+def test_an_l0_may_be_written_to(names):
+    circuit, x = build("per_forward")
+    circuit.use_masks(False, names=[name for name in ("first", "second") if name not in names])
+    out = circuit(x)
+    with torch.no_grad():
+        before = circuit.l0().clone()
+        circuit.l0().zero_()
+        assert circuit.l0() == before
+    l0 = circuit.l0()
+    l0 *= 0.5
+    assert circuit.l0() == before
+    (out.sum() + l0).backward()
+
+
+def test_threads_run_through_one_graph():
+    circuit, x = build("per_forward")
+    loss = circuit(x).square().sum() + LAMBDA * circuit.l0()
+    parameters = circuit.mask_parameters()
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(torch.autograd.grad, loss, parameters, retain_graph=True) for _ in range(200)]
+        for job in jobs:
+            torch.testing.assert_close(job.result(), expected)
+
+
+def test_threads_run_forward_on_one_circuit():
+    circuit, x = build("per_forward")
+
+    def work():
+        for _ in range(60):
+            (circuit(x).square().sum() + LAMBDA * circuit.l0()).backward()
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(job.result() for job in [pool.submit(work) for _ in range(3)])
+
+
+@pytest.mark.parametrize("compiler", [lambda graph: graph, torch.compile(backend="eager")], ids=["traced", "dynamo"])
+def test_a_backward_that_is_compiled(compiler):
+    circuit, x = build("per_forward")
+    loss = circuit(x).square().sum() + LAMBDA * circuit.l0()
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        loss.backward()
+    other, _ = build("reference")
+    in_one(other, x)
+    torch.testing.assert_close(gradients(circuit), gradients(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changed", ["stream", "capture"])
+def test_a_sum_of_another_queue_of_the_gpu_is_not_taken(changed, monkeypatch):
+    """Without a GPU: the masks say that they are on one."""
+    state = {"stream": 1, "capture": False}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: state["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capture"])
+    mask = SimpleNamespace(is_cuda=True, device=0, data_ptr=lambda: 0, _version=0)
+    before = mask_sum._seen(mask, mask)
+    assert mask_sum._seen(mask, mask) == before
+    state[changed] = 2
+    assert mask_sum._seen(mask, mask) != before
+
+
+def test_each_forward_has_its_own_sum():
+    """Also in evaluation, which leaves none."""
+    circuit, x = build("per_forward")
+    record = circuit.get_submodule("first").l0_record
+    kept = [circuit(x)]
+    first = record.late
+    assert first is not None
+    kept.append(circuit(x))
+    assert record.late is not first
+    circuit.eval()(x)
+    assert record.late is None

@@ -116,7 +116,7 @@ def _recipe_of(
     tensors: Sequence[Tensor | None],
     scratch: Sequence[Tensor | None],
 ) -> _Recipe | None:
-    """None where nothing was compiled, or a launch takes a tensor that is none of these: a copy, a descriptor."""
+    """None where nothing has been compiled, or a launch takes a tensor that is none of these: a copy, a descriptor."""
     given = [(t, index) for index, t in enumerate([*tensors, *scratch]) if t is not None]
     places = {id(t): index for t, index in given}
     if len(places) < len(given):  # the same tensor twice: which of the two an argument is cannot be seen
@@ -125,7 +125,7 @@ def _recipe_of(
     for launch, kernel in zip(launches, kernels, strict=True):
         if not math.prod(launch.grid):
             continue
-        if kernel is None:
+        if not hasattr(kernel, "__getitem__"):  # interpreted, or still being compiled (``triton.AsyncCompileMode``)
             return None
         named = {**launch.arguments, **launch.constants}
         arguments = [named[name] for name in launch.kernel.arg_names]
