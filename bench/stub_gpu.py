@@ -26,20 +26,22 @@ class StubDriver(OfflineDriver):
     """A Triton driver for a GPU that is not there.
 
     Attributes:
-        started: of every launch its grid and its arguments, if they are to be kept.
+        started: of every launch what was compiled, its grid and its arguments, if they are to be kept.
     """
 
     def __init__(self, target: Target, keep: bool = False) -> None:
         super().__init__(target)
-        self.started: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.started: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
         self.utils = mock.Mock()
         self.utils.load_binary.return_value = (1, 1, 32, 0, 1024)  # module, function, registers, spills, threads
         self.utils.get_device_properties.return_value = {"max_shared_mem": SHARED_LIMIT[target.family]}
         self.launcher_cls = self._keeping if keep else self._dropping
 
-    def _keeping(self, _source: Any, _metadata: Any) -> Any:
+    def _keeping(self, source: Any, metadata: Any) -> Any:
+        about = (source.fn.__name__, source.signature, source.constants, source.attrs)
+        compiled = *map(str, about), metadata.num_warps, metadata.num_stages
         # grid, stream, function, metadata, launch metadata, two hooks, and then the kernel's own arguments
-        return lambda *given: self.started.append((given[:3], given[9:]))
+        return lambda *given: self.started.append((compiled, given[:3], given[9:]))
 
     def _dropping(self, _source: Any, _metadata: Any) -> Any:
         return lambda *_given: None

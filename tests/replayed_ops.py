@@ -18,12 +18,18 @@ M, N, K = 16, 48, 64
 
 def inputs() -> dict[str, torch.Tensor]:
     bf16 = {"dtype": torch.bfloat16}
+    columns = {
+        "weight columns": torch.randn(K, N, **bf16).t(),
+        "one": torch.randn(1, 1),
+        "one weight": torch.ones(1, 1),
+    }
     return {
+        **columns,
         "x": torch.randn(M, K, **bf16), "dout": torch.randn(M, N, **bf16), "weight": torch.randn(N, K, **bf16),
         "dmasked_weight": torch.randn(N, K, **bf16), "mask_logits": torch.randn(N, K), "dlogits": torch.zeros(N, K),
         "temperature": torch.tensor(2.0), "bias": torch.randn(N, **bf16), "dl0": torch.tensor(0.5),
         "bits": torch.randint(-9, 9, (N * K // 32,), dtype=torch.int32), "z": torch.randn(M, N, **bf16),
-        "neurons": torch.randn(N),
+        "neurons": torch.randn(N), "neuron rows": torch.randn(N, 1),
     }  # fmt: skip
 
 
@@ -41,15 +47,22 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "bitmask_linear_dx": ("dout", "weight", "bits", 1.25, False),
     "scale_neurons": ("z", "neurons", "temperature", "bias", *HARD_SCALE, 1),
     "scale_neurons_grad": ("dout", "z", "neurons", "temperature", "dl0", *HARD_SCALE, 1, K),
+    "materialize hard": (*MASK, True, 1.0),
+    "materialize columns": ("weight columns", *MASK[1:], *HARD_SCALE),
+    "materialize one": ("one weight", "one", "temperature", *HARD_SCALE),
+    "logits_grad without dl0": ("dmasked_weight", *MASK, None, 1.0),
+    "logits_grad neurons": ("dmasked_weight", "weight", "neuron rows", "temperature", "dl0", 1.25),
+    "masked_linear transposed": ("dout", *MASK, None, *HARD_SCALE, True),
+    "scale_neurons_grad hard": ("dout", "z", "neurons", "temperature", None, True, 1.0, 1, K),
 }
-assert set(CALLS) < set(SCHEMAS)
+assert {name.split()[0] for name in CALLS} < set(SCHEMAS)
 
 
 def started(driver: StubDriver, op: str, tensors: dict[str, torch.Tensor]) -> list[Any]:
     """What a call starts: grids and arguments, a tensor by its name or, where the op made it, by its layout."""
     named = {t.data_ptr(): name for name, t in tensors.items()}
     driver.started.clear()
-    result = triton_kernel(op)(*[tensors.get(a, a) if isinstance(a, str) else a for a in CALLS[op]])
+    result = triton_kernel(op.split()[0])(*[tensors.get(a, a) if isinstance(a, str) else a for a in CALLS[op]])
     results = [r for r in (result if isinstance(result, tuple) else (result,)) if r is not None and r.numel() > 1]
     named |= {t.data_ptr(): f"result {i}" for i, t in enumerate(results)}
 
@@ -58,7 +71,7 @@ def started(driver: StubDriver, op: str, tensors: dict[str, torch.Tensor]) -> li
             return type(value), value
         return named.get(value.data_ptr(), "scratch"), value.shape, value.stride(), value.dtype
 
-    return [(grid, [described(v) for v in arguments]) for grid, arguments in driver.started]
+    return [(compiled, grid, [described(v) for v in arguments]) for compiled, grid, arguments in driver.started]
 
 
 def main() -> None:
@@ -74,7 +87,7 @@ def main() -> None:
             assert dict(replay._recipes) == kept, f"{op} was planned anew"
             replay.forget()
             assert replayed == started(driver, op, other) == first, f"{op}: {replayed} is not {first}"
-            print(op)
+            print(op, end=";")
 
 
 if __name__ == "__main__":

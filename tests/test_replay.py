@@ -213,8 +213,20 @@ def test_what_ops_replay_is_what_their_plans_start():
         [sys.executable, str(ROOT / "tests" / "replayed_ops.py")], capture_output=True, text=True, env=env, timeout=300
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert done.stdout.split() == sorted(
-        ["bitmask_linear", "bitmask_linear_dx", "logits_grad", "logits_grad_", "mask_sums", "masked_linear",
-         "masked_linear_dlogits", "masked_linear_dlogits_", "masked_linear_dx", "materialize", "scale_neurons",
-         "scale_neurons_grad"]
-    )  # fmt: skip
+    assert set(done.stdout.strip(";").split(";")) >= {
+        "bitmask_linear", "bitmask_linear_dx", "logits_grad", "logits_grad_", "logits_grad neurons", "mask_sums",
+        "masked_linear", "masked_linear_dlogits", "masked_linear_dlogits_", "masked_linear_dx", "materialize",
+        "materialize one", "scale_neurons", "scale_neurons_grad",
+    }  # fmt: skip
+
+
+def test_a_kernel_that_is_still_being_compiled_is_not_kept():
+    class Future:
+        def result(self):
+            return None
+
+    op = Op()
+    op.kernel.Compiled = lambda kernel: Future()
+    for _ in range(2):
+        op(new(5, 4), new(5))
+    assert op.plans == 2
