@@ -307,21 +307,20 @@ def with_another_parameter_of_the_same_memory(circuit, x):
 
 
 @listed
-def with_a_forward_of_a_thread_and_l0_before_the_loss(circuit, x):
-    """Nodes of another thread are numbered by themselves: the layers' run before those of the l0."""
-    found = []
+def with_a_loss_of_another_thread(circuit, x):
+    """Nodes of a new thread are numbered from 0: the l0's runs after those of the layers, which run first by number."""
+    y = torch.ones(1, requires_grad=True)
+    for _ in range(50):
+        y = y * 1
+    out = circuit(x)
 
-    def forward():
-        y = torch.ones(1, requires_grad=True)
-        for _ in range(300):
-            y = y * 1
-        found.append(circuit(x))
+    def backward():
+        l0 = LAMBDA * circuit.l0()
+        (out.square().sum() + l0).backward()
 
-    thread = threading.Thread(target=forward)
+    thread = threading.Thread(target=backward)
     thread.start()
     thread.join()
-    l0 = LAMBDA * circuit.l0()
-    (found[0].square().sum() + l0).backward()
 
 
 @listed
@@ -512,6 +511,16 @@ def test_a_backward_that_is_compiled(compiler):
     loss = circuit(x).square().sum() + LAMBDA * circuit.l0()
     with torch._dynamo.compiled_autograd._enable(compiler):
         loss.backward()
+    other, _ = build("reference")
+    in_one(other, x)
+    torch.testing.assert_close(gradients(circuit), gradients(other), rtol=1e-5, atol=1e-6)
+
+
+def test_an_l0_that_is_compiled_by_itself():
+    circuit, x = build("per_forward")
+    out = circuit(x)
+    l0 = torch.compile(lambda: circuit.l0(), backend="eager", fullgraph=True)()
+    (out.square().sum() + LAMBDA * l0).backward()
     other, _ = build("reference")
     in_one(other, x)
     torch.testing.assert_close(gradients(circuit), gradients(other), rtol=1e-5, atol=1e-6)
