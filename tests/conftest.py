@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,3 +53,15 @@ def triton_on_cpu(monkeypatch):
             library.impl(name, run, "CPU", allow_override=True)
     yield
     library._destroy()
+
+
+@pytest.fixture(scope="session")
+def triton_36():
+    """A directory that holds Triton 3.6 and a NumPy that it knows, and nothing else."""
+    for directory in (os.environ.get("CSMASK_TRITON_36"), Path(sys.prefix) / "triton-3.6"):
+        if directory and (Path(directory) / "triton").is_dir():
+            return Path(directory)
+    pytest.skip(
+        "no Triton 3.6: `make test` installs it, or: pip install --no-deps --target DIR triton==3.6.0 'numpy<2.4'; "
+        "export CSMASK_TRITON_36=DIR"
+    )

@@ -1,4 +1,4 @@
-"""A script of ``test_replay``: prints the ops whose second call starts, unplanned, what planning anew starts."""
+"""A script of ``test_replay``: prints Triton's version and the ops whose second call starts, unplanned, what planning anew starts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import triton
 from compile_launch import TARGETS
 from csmask_kernels import replay
 from stub_gpu import StubDriver, stub_gpu
@@ -75,6 +76,7 @@ def started(driver: StubDriver, op: str, tensors: dict[str, torch.Tensor]) -> li
 
 
 def main() -> None:
+    print(triton.__version__, end=";")
     with stub_gpu(TARGET, keep=True) as driver:
         for op in sorted(CALLS):
             replay.forget()

@@ -40,18 +40,6 @@ def run_python(*arguments, triton=None, **environment):
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
 
 
-@pytest.fixture(scope="session")
-def triton_36():
-    """A directory that holds Triton 3.6 and a NumPy that it knows, and nothing else."""
-    for directory in (os.environ.get("CSMASK_TRITON_36"), Path(sys.prefix) / "triton-3.6"):
-        if directory and (Path(directory) / "triton").is_dir():
-            return Path(directory)
-    pytest.skip(
-        "no Triton 3.6: `make test` installs it, or: pip install --no-deps --target DIR triton==3.6.0 'numpy<2.4'; "
-        "export CSMASK_TRITON_36=DIR"
-    )
-
-
 def report(directory, targets, triton=None):
     """The rows of the report by target, and the process that made them; it runs once per session and version."""
     file = directory / "report.json"
