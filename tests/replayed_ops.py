@@ -1,4 +1,4 @@
-"""A script of ``test_replay``: prints Triton's version and the ops whose second call starts, unplanned, what planning anew starts."""
+"""A script of ``test_replay``: prints Triton's version, and the ops that start, unplanned, what planning starts."""
 
 from __future__ import annotations
 
