@@ -49,19 +49,13 @@ def _sum_grad(mask_logits: Tensor, temperature: Tensor, dl0: Tensor, scale: floa
 
 
 class LateSum:
-    """What a layer's forward leaves for a loss that is put together later.
-
-    Args:
-        l0: the sum, an output of a node that ``expect`` has prepared and whose backward calls ``take``.
-        mask_logits, temperature: what it is the sum of.
-    """
+    """What a layer's forward leaves for a loss that is put together later; see ``late_sum``."""
 
     __slots__ = ("_node", "_of", "_seen", "is_spent", "value")
 
     def __init__(self, l0: Tensor, mask_logits: Tensor, temperature: Tensor) -> None:
-        self.value, node = l0.detach(), l0.grad_fn
-        assert hasattr(node, "late_dl0s"), node
-        self._node = weakref.ref(node)
+        assert l0.grad_fn is not None
+        self.value, self._node = l0.detach(), weakref.ref(l0.grad_fn)
         # Themselves, not what lies at their address: the node's gradient goes to this tensor and to no alias of it.
         self._of = weakref.ref(mask_logits), weakref.ref(temperature)
         self._seen = _seen(mask_logits, temperature)
@@ -79,6 +73,18 @@ class LateSum:
             return False
         is_same = self._of[0]() is mask_logits and self._of[1]() is temperature
         return is_same and self._seen == _seen(mask_logits, temperature)
+
+
+def late_sum(l0: Tensor, mask_logits: Tensor, temperature: Tensor) -> LateSum | None:
+    """What a forward may leave of its l0: None in evaluation, in a compiled graph, or of a node that takes none.
+
+    Args:
+        l0: the sum, an output of a node that ``expect`` has prepared and whose backward calls ``take``.
+        mask_logits, temperature: what it is the sum of.
+    """
+    if torch.compiler.is_compiling() or not hasattr(l0.grad_fn, "late_dl0s"):
+        return None
+    return LateSum(l0, mask_logits, temperature)
 
 
 def _seen(mask_logits: Tensor, temperature: Tensor) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from .autograd import KeptMaskedWeight
 from .config import EXECUTIONS
 from .layer_masks import L0Record
 from .lean import LeanLeaf
-from .mask_sum import LateSum
+from .mask_sum import late_sum
 from .masked_leaf import MaskedLeaf
 from .masked_weight import MaskedWeight
 from .quantised import dense
@@ -204,8 +204,8 @@ class MaskedLayer(AblatedWeights):
         record = self.l0_record
         if record.wanted and record.value is None and l0 is not None:
             record.value = l0 if bias_l0 is None else l0 + bias_l0
-        if record.leaves_late and record.late is None and l0 is not None and l0.requires_grad:
-            record.late = None if torch.compiler.is_compiling() else LateSum(l0, self.mask_logits, self.temperature)
+        if record.leaves_late and record.late is None and l0 is not None:
+            record.late = late_sum(l0, self.mask_logits, self.temperature)
         return out
 
     def _per_step_forward(self, x: Tensor) -> Tensor:
