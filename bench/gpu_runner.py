@@ -155,7 +155,9 @@ def _status(record: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """The CPU's operators are the Triton kernels, in the interpreter, so that what is above them is rehearsed too."""
+    """The CPU's operators are the Triton kernels, so that what is above them is as on a GPU: in the interpreter, or as
+    ``stub_gpu`` has them.
+    """
     torch.set_num_threads(1)
     library = torch.library.Library("csmask", "IMPL")
     try:
@@ -163,8 +165,8 @@ def triton_on_cpu() -> Iterator[None]:
             warnings.simplefilter("ignore")  # about overriding, which is meant
             for name in _ops.SCHEMAS:
                 has_kernel = _ops.SCHEMAS[name][1] is not None  # others are made of ops that have one
-                implementation = _ops._run_triton(name) if has_kernel else _ops._without_grad(_plain.OPS[name])
-                library.impl(name, implementation, "CPU", allow_override=True)
+                compute = _ops._run_triton(name) if has_kernel else _ops._without_grad(_plain.OPS[name])
+                library.impl(name, _ops._counting_writes(name, compute), "CPU", allow_override=True)
         yield
     finally:
         library._destroy()

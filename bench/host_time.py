@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from compile_launch import TARGETS
+from csmask_kernels.launch import is_interpreted
 from gpu_transformers import EagerMaskedLinear
 from stub_gpu import stub_gpu
 from torch import Tensor, nn
@@ -118,9 +119,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40, help="steps of each provider (%(default)s)")
     parser.add_argument("--profile", choices=PROVIDERS, help="print where one provider's time goes instead")
     options = parser.parse_args()
+    if is_interpreted():
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     if options.layers < 1 or options.repeats < 1:
         parser.error("--layers and --repeats must be 1 or more")
-    torch.set_num_threads(1)
     with stub_gpu(dataclasses.replace(TARGETS["sm_90"], name="NVIDIA H200")):
         if options.profile:
             profile(training_step(options.profile, options.layers, own_loss=False), options.repeats)

@@ -50,6 +50,7 @@ import triton
 from compile_launch import Compiled, compile_launch, signature
 from csmask_kernels import launch as launches
 from csmask_kernels.launch import Launch, config_path
+from gpu_results import write_atomically
 from predict_model import DEVICES, Device, Prediction, device_of, predict, results_path, total
 from predict_ops import ELEMENTWISE, PRODUCT, PRODUCTS, Op, ops
 from table import read
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{header(device, rows)}\n\n{table(rows)}\n\n{summary(rows)}")
     if options.json:
         about = {"device": device.target.name, "triton": triton.__version__, "rows": [row.as_json() for row in rows]}
-        options.json.write_text(json.dumps(about, indent=1) + "\n")
+        write_atomically(options.json, json.dumps(about, indent=1) + "\n")
     return 0
 
 

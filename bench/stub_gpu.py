@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import torch
 import triton
 from compile_launch import SHARED_LIMIT, OfflineDriver
 from csmask_kernels import replay
 from csmask_kernels.launch import Target, is_interpreted
+from gpu_runner import triton_on_cpu
 
 from csmask import _ops, autograd, masked_weight
 
@@ -49,7 +48,7 @@ class StubDriver(OfflineDriver):
 
 @contextlib.contextmanager
 def stub_gpu(target: Target, keep: bool = False) -> Iterator[StubDriver]:
-    """Within it, ops on tensors of the CPU plan, compile and "launch" for the target. Not to be undone for the ops.
+    """Within it, ops on tensors of the CPU plan, compile and "launch" for the target.
 
     Raises:
         RuntimeError: Triton interprets its kernels in this process.
@@ -70,19 +69,13 @@ def stub_gpu(target: Target, keep: bool = False) -> Iterator[StubDriver]:
         if _ops.SCHEMAS[name][1] is not None:
             _ops.triton_kernel(name)  # imported, so that the look-up of its target is replaced
     modules = [m for n, m in list(sys.modules.items()) if n.startswith("csmask_kernels.") and hasattr(m, "target_of")]
-    library = torch.library.Library("csmask", "IMPL")
-    with contextlib.ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that kernels are overridden is the point
-        stack.callback(library._destroy)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(triton_on_cpu())
         for module in modules:
             stack.enter_context(mock.patch.object(module, "target_of", always))
         # What is different on a CPU.
         stack.enter_context(mock.patch.object(autograd, "_IN_BLOCKS", ()))
         stack.enter_context(mock.patch.object(masked_weight.MaskedWeight, "_reuse", never))
-        for name in _ops.SCHEMAS:
-            has_kernel = _ops.SCHEMAS[name][1] is not None
-            compute = _ops._run_triton(name) if has_kernel else _ops._without_grad(_ops._PLAIN_OPS[name])
-            library.impl(name, _ops._counting_writes(name, compute), "CPU", allow_override=True)
         config._active = driver
         replay.forget()
         try:
